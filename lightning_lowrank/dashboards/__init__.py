@@ -1,0 +1,1 @@
+"""What only a particular dashboard can do."""

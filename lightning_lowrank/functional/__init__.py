@@ -1,0 +1,39 @@
+"""Pure functions of tensors: no Lightning, no files, no state."""
+
+from lightning_lowrank.functional.overlap import leak
+from lightning_lowrank.functional.spectral import (
+    SpectralNorm,
+    effective_rank,
+    frobenius_norm,
+    singular_values,
+    spectral_norm,
+    spectral_ratio,
+    stable_rank,
+)
+from lightning_lowrank.functional.stationarity import (
+    InnerProducts,
+    RescalingGroups,
+    alignment,
+    implied_weight_decay,
+    norm_spread,
+    radial_balance,
+    residual,
+)
+
+__all__ = [
+    "InnerProducts",
+    "RescalingGroups",
+    "SpectralNorm",
+    "alignment",
+    "effective_rank",
+    "frobenius_norm",
+    "implied_weight_decay",
+    "leak",
+    "norm_spread",
+    "radial_balance",
+    "residual",
+    "singular_values",
+    "spectral_norm",
+    "spectral_ratio",
+    "stable_rank",
+]

@@ -1,0 +1,180 @@
+"""MergeReport: what an evaluation found, as a table, a dict, a figure, a file or a log entry."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from lightning_lowrank._compat import as_list, is_wandb_logger
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCHEMA_VERSION = 1
+# Of the printed table: wide enough for five models and long names.
+_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How two networks and their merges do on both networks' tasks.
+
+    Attributes:
+        tasks: Task names, each with the name of the network that was trained on it ("m1" or "m2").
+        models: "m1", "m2", "sum", "average" and "ensemble".
+        metrics: Values by ``<task>/<model>/<metric>``; NaN where a metric does not exist for a model.
+        notes: What could not be measured and why.
+        settings: How the merge was made.
+
+    Example:
+        >>> report = MergeReport(
+        ...     tasks={"even": "m1"}, models=["m1", "sum"],
+        ...     metrics={"even/m1/test_acc": 0.98, "even/sum/test_acc": 0.97},
+        ... )
+        >>> report.value("even", "sum", "test_acc")
+        0.97
+    """
+
+    tasks: dict[str, str]
+    models: list[str]
+    metrics: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, task: str, model: str, metric: str) -> float:
+        """One value.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        return self.metrics[f"{task}/{model}/{metric}"]
+
+    def metric_names(self, task: str) -> list[str]:
+        """The metrics of a task, in the order in which they were measured."""
+        parts = (key.split("/", 2) for key in self.metrics)
+        return list(dict.fromkeys(metric for of_task, _, metric in parts if of_task == task))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data with a schema version; NaN stays NaN."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as JSON, NaN as null.
+
+        Raises:
+            ValueError: If the name does not end in .json.
+        """
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"a report is saved as .json, got {path.name!r}")
+        content = self.to_dict()
+        content["metrics"] = {key: value if math.isfinite(value) else None for key, value in self.metrics.items()}
+        text = json.dumps(content, indent=2, allow_nan=False)
+        # A crash while writing must not leave half a report under the final name.
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        return temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MergeReport:
+        """Read a report that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is no report, or of a newer schema.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise ValueError(f"{path} has schema version {version}; this version reads {SCHEMA_VERSION}")
+            content["metrics"] = {k: math.nan if v is None else float(v) for k, v in content["metrics"].items()}
+            return cls(**content)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a merge report: {error!r}") from error
+
+    def __str__(self) -> str:
+        """The report as a table: a row per task and metric, a column per model."""
+        out = io.StringIO()
+        Console(file=out, width=_WIDTH, force_terminal=False, color_system=None).print(self)
+        return out.getvalue().rstrip()
+
+    def __rich__(self) -> RenderableType:
+        """The table for a rich console, as wide as that is."""
+        table = Table("task", "metric", *(Column(model, justify="right") for model in self.models), box=SIMPLE_HEAD)
+        table.padding = (0, 1, 0, 0)
+        for task, own in self.tasks.items():
+            for index, metric in enumerate(self.metric_names(task)):
+                values = [self.metrics.get(f"{task}/{model}/{metric}", math.nan) for model in self.models]
+                table.add_row(escape(f"{task} ({own})") if index == 0 else "", escape(metric), *map(_shown, values))
+            table.add_section()
+        return Group(table, *(Text(f"Note: {note}") for note in self.notes))
+
+    def plot(self, metric: str | None = None) -> tuple[Figure, Axes]:
+        """Bars of one metric: a group per task, a bar per model.
+
+        Args:
+            metric: A metric's name; by default the joint accuracy of classifiers, else the first one there is.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If no task has the metric.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("plots need matplotlib: pip install 'lightning-lowrank[examples]'") from error
+        names = list(dict.fromkeys(name for task in self.tasks for name in self.metric_names(task)))
+        if metric is None:
+            metric = "joint_accuracy" if "joint_accuracy" in names else next(iter(names), None)
+        if metric not in names:
+            raise ValueError(f"no metric {metric!r} in this report; it has {', '.join(names) or 'none'}")
+        # A figure of its own, not pyplot's: nothing global is left behind.
+        figure = Figure(figsize=(1.6 + 2.8 * len(self.tasks), 3.6), layout="constrained")
+        axes = figure.subplots()
+        width = 0.8 / len(self.models)
+        for index, model in enumerate(self.models):
+            heights = [self.metrics.get(f"{task}/{model}/{metric}", math.nan) for task in self.tasks]
+            left = [position + (index - (len(self.models) - 1) / 2) * width for position in range(len(self.tasks))]
+            bars = axes.bar(left, heights, width * 0.92, label=model, color=_COLOURS[index % len(_COLOURS)])
+            axes.bar_label(bars, labels=[_shown(height) for height in heights], fontsize=7, padding=1)
+        axes.set_xticks(range(len(self.tasks)), [f"{task}\n(trained: {own})" for task, own in self.tasks.items()])
+        axes.set_ylabel(metric.replace("_", " "))
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=len(self.models), frameon=False, fontsize=8)
+        return figure, axes
+
+    def log(self, logger: Any, prefix: str = "merge") -> None:
+        """Send the metrics to a logger, or to each of several.
+
+        Args:
+            logger: A Lightning logger or a list of them. W&B gets a table and summary values.
+            prefix: What the keys begin with.
+        """
+        named = {f"{prefix}/{key}": value for key, value in self.metrics.items()}
+        for one in as_list(logger):
+            if is_wandb_logger(one):
+                from lightning_lowrank.dashboards.weights_and_biases import log_report
+
+                log_report(one.experiment, self, prefix)
+            else:
+                one.log_metrics(named)
+                one.save()
+
+
+# Okabe and Ito's colours, told apart by colour-blind readers too: the two networks grey, the merges in colour.
+_COLOURS = ("#999999", "#555555", "#0072B2", "#56B4E9", "#E69F00")
+
+
+def _shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
