@@ -88,8 +88,7 @@ def about_to_check(trainer: Trainer) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what a Trainer of our own would say: hardware it found, tips, advice that is about a user's own
-    training."""
+    """Silence what a Trainer of our own would say: hardware it found, tips, advice about a user's own training."""
     loggers = [logging.getLogger(f"{namespace.__name__}.utilities.rank_zero") for namespace in NAMESPACES] + [
         logging.getLogger(name)
         for name in ("lightning.fabric.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
@@ -99,7 +98,13 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for advice in ("does not have many workers", "shuffling enabled", "logging interval", "is not empty", "LeafSpec"):
+            for advice in (
+                "does not have many workers",
+                "shuffling enabled",
+                "logging interval",
+                "is not empty",
+                "LeafSpec",
+            ):
                 warnings.filterwarnings("ignore", message=f".*{advice}")
             yield
     finally:

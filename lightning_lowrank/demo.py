@@ -185,6 +185,7 @@ def run(output: Path, seeds: Sequence[int], console: Console) -> list[PairResult
     _write(output, results)
     console.print(results[0].report)
     console.print(summary(results))
+    console.print(verdict(results), highlight=False)
     console.print(f"Wrote report.json, metrics.csv and demo.png to {output}", highlight=False)
     return results
 
@@ -234,12 +235,13 @@ def _run_folder(output: Path, seed: int, weight_decay: float, task: str) -> Path
 
 
 def summary(results: Sequence[PairResult]) -> Table:
-    """A row per pair, and the means over seeds where there are several."""
-    table = Table(title="The networks at their last step, and what their sum loses", box=SIMPLE_HEAD)
+    """A row per network, and the means over networks and seeds for each weight decay."""
+    table = Table(title="The networks at their last step, and what their sum loses", box=SIMPLE_HEAD, show_edge=False)
     table.padding = (0, 1, 0, 0)
     for column in (
         "weight\ndecay",
         "seed",
+        "digits",
         "align.\nlayer 1",
         "align.\nothers",
         "norm\nspread",
@@ -247,41 +249,55 @@ def summary(results: Sequence[PairResult]) -> Table:
         "leak\nlayer 1",
         "alone\n%",
         "sum\n%",
-        "worst\nloss",
     ):
         table.add_column(column, justify="right")
     for weight_decay in dict.fromkeys(result.weight_decay for result in results):
         group = [result for result in results if result.weight_decay == weight_decay]
-        rows = [_summary_row(result) for result in group]
-        for result, row in zip(group, rows, strict=True):
-            table.add_row(f"{weight_decay:g}", str(result.seed), *_formatted(row))
-        if len(rows) > 1:
-            table.add_section()
-            means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-            table.add_row(f"{weight_decay:g}", "mean", *_formatted(means))
+        rows = []
+        for result in group:
+            for task in result.report.tasks:
+                rows.append(_summary_row(result, task))
+                table.add_row(
+                    f"{weight_decay:g}", str(result.seed), task.removeprefix("digits "), *_formatted(rows[-1])
+                )
+        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        table.add_row(f"{weight_decay:g}", "all", "mean", *_formatted(means), style="bold")
         table.add_section()
     return table
 
 
-def _summary_row(result: PairResult) -> list[float]:
-    first = [layers[_FIRST] for layers in result.alignment.values() if layers]
-    others = [value for layers in result.alignment.values() for name, value in layers.items() if name != _FIRST]
-    alone = [result.accuracy(task, own) for task, own in result.report.tasks.items()]
-    merged = [result.accuracy(task, "sum") for task in result.report.tasks]
+def verdict(results: Sequence[PairResult]) -> str:
+    """How many points the sum loses on the worse of its two tasks, with weight decay and without, mean over seeds."""
+    losses = {
+        weight_decay: [
+            max(result.lost(task) for task in result.report.tasks)
+            for result in results
+            if result.weight_decay == weight_decay
+        ]
+        for weight_decay in (WEIGHT_DECAY, 0.0)
+    }
+    with_decay, without = (sum(values) / len(values) for values in losses.values())
+    return (
+        f"On its worse task the sum loses {with_decay:.2f} points of test accuracy with weight decay {WEIGHT_DECAY:g},"
+        f" {without:.2f} without."
+    )
+
+
+def _summary_row(result: PairResult, task: str) -> list[float]:
+    layers = result.alignment[task]
     return [
-        min(first, default=math.nan),
-        min(others, default=math.nan),
-        max(result.norm_spread.values()),
-        max(result.stable_rank.values()),
-        max(result.leak.values()),
-        sum(alone) / len(alone),
-        sum(merged) / len(merged),
-        max(result.lost(task) for task in result.report.tasks),
+        layers.get(_FIRST, math.nan),
+        min((value for name, value in layers.items() if name != _FIRST), default=math.nan),
+        result.norm_spread[task],
+        result.stable_rank[task],
+        result.leak[task],
+        result.accuracy(task, result.report.tasks[task]),
+        result.accuracy(task, "sum"),
     ]
 
 
 def _formatted(row: Sequence[float]) -> list[str]:
-    formats = (".3f", ".3f", ".3f", ".2f", ".2g", ".2f", ".2f", ".2f")
+    formats = (".3f", ".3f", ".3f", ".2f", ".1e", ".2f", ".2f")
     return ["-" if math.isnan(value) else format(value, spec) for value, spec in zip(row, formats, strict=True)]
 
 
@@ -330,8 +346,9 @@ def figure(results: Sequence[PairResult], series: dict[float, list[dict[str, str
     alignment.legend(frameon=False, fontsize=8)
     alignment.set(xlabel="step", ylabel="full-batch alignment", ylim=(0, 1.02), title=f"With weight decay, {TASKS[0]}")
     for wd, rows in series.items():
-        rank.semilogy(*_points(rows, f"lowrank/stable_rank/{_FIRST}"), color=colours[wd], label=labels[wd])
-    rank.set(xlabel="step", ylabel="stable rank, first layer", title=TASKS[0])
+        rank.plot(*_points(rows, f"lowrank/stable_rank/{_FIRST}"), color=colours[wd], label=labels[wd])
+    rank.set(xlabel="step", ylabel="stable rank, first layer", title=f"Low rank, {TASKS[0]}")
+    rank.set_ylim(bottom=0)
     seed = results[0].seed
     groups = [result for result in results if result.seed == seed]
     names = [(task, model) for task in TASKS for model in ("alone", "sum")]

@@ -109,8 +109,8 @@ class LowRankMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor with the same prefix: its rows would overwrite the first one's."""
-        others = [c for c in trainer.callbacks if isinstance(c, LowRankMonitor) and c is not self]  # type:
-        ignore[attr-defined] if any(other.prefix == self.prefix for other in others):
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(c, LowRankMonitor) and c is not self and c.prefix == self.prefix for c in callbacks):
             raise ValueError(
                 f"two LowRankMonitors log under the prefix {self.prefix!r}; give one of them another, such as"
                 f" LowRankMonitor(prefix={self.prefix + '_2'!r})"

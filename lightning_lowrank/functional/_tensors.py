@@ -32,7 +32,8 @@ def as_matrix(weight: Tensor) -> Tensor:
     """
     if weight.ndim < 2:
         raise ValueError(
-            f"got a tensor of shape {tuple(weight.shape)}, which is not a matrix; pass a weight of two or more dimensions"
+            f"got a tensor of shape {tuple(weight.shape)}, which is not a matrix; pass a weight of two or more"
+            " dimensions"
         )
     return weight.detach().flatten(1)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lowrank.functional._tensors import as_matrix
+from lightning_lowrank.functional._tensors import as_matrix, real_view, wide_dtype
 
 # Up to this smaller side a full float64 SVD costs a few milliseconds and no iteration can beat it.
 _EXACT_SIDE = 128
@@ -147,16 +147,15 @@ def spectral_ratio(weight: Tensor, rtol: float = 1e-3) -> float:
 
 
 def frobenius_norm(weight: Tensor) -> float:
-    """|W|_F, accumulated in at least float32.
+    """|W|_F, accumulated in float64.
 
     Example:
         >>> import torch
         >>> frobenius_norm(torch.tensor([[3.0, 4.0]]))
         5.0
     """
-    weight = weight.detach()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(weight, dtype=dtype).item())
+    weight = real_view(weight)
+    return float(torch.linalg.vector_norm(weight, dtype=wide_dtype(weight)).item())
 
 
 def effective_rank(sigma: Tensor) -> float:
@@ -227,12 +226,13 @@ def _lanczos(matrix: Tensor, rtol: float) -> SpectralNorm:
 
 def _unit(vector: Tensor) -> Tensor:
     """The vector over its norm; a zero vector stays zero."""
-    return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+    unit: Tensor = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+    return unit
 
 
 def _orthogonalise(vector: Tensor, basis: list[Tensor]) -> Tensor:
     """Project the basis out, twice: once leaves what rounding put in (Giraud et al., 2005)."""
     stacked = torch.stack(basis, 1)
     for _ in range(2):
-        vector = torch.addmv(vector, stacked, stacked.mH @ vector, alpha=-1)
+        vector = torch.addmv(vector, stacked, stacked.mH.mv(vector), alpha=-1)
     return vector

@@ -62,7 +62,8 @@ class InnerProducts:
         for index, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
             if weight.shape != grad.shape:
                 raise ValueError(
-                    f"weight {index} has shape {tuple(weight.shape)} and its gradient {tuple(grad.shape)}; they must agree"
+                    f"weight {index} has shape {tuple(weight.shape)} and its gradient {tuple(grad.shape)}; they must"
+                    " agree"
                 )
         decays = [float(weight_decay)] * len(weights) if isinstance(weight_decay, (int, float)) else list(weight_decay)
         if len(decays) != len(weights):
@@ -222,13 +223,13 @@ def norm_spread(norms: Sequence[float]) -> float:
         norms: Frobenius norms of the group's weights.
 
     Returns:
-        A number of at least 1; NaN for fewer than two norms or a norm of 0.
+        A number of at least 1; NaN for fewer than two norms, or one that is 0 or not finite.
 
     Example:
         >>> norm_spread([2.0, 1.0, 1.5])
         2.0
     """
-    if len(norms) < 2 or not min(norms) > 0:
+    if len(norms) < 2 or not all(0 < norm < math.inf for norm in norms):
         return math.nan
     return max(norms) / min(norms)
 

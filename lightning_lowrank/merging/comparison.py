@@ -15,8 +15,9 @@ _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def default_outputs(module: Any, batch: Any) -> Tensor:
-    """A network's outputs on a batch: ``predict_step`` where the user wrote one that returns real numbers, else
-    ``forward``.
+    """A network's outputs on a batch: from ``predict_step`` where the user wrote one, else from ``forward(batch[0])``.
+
+    A ``predict_step`` that does not return real numbers (class labels, say) is passed over.
 
     Args:
         module: A LightningModule.
@@ -35,8 +36,8 @@ def default_outputs(module: Any, batch: Any) -> Tensor:
         if outputs is not None:
             return outputs
     raise TypeError(
-        f"neither predict_step nor forward(batch[0]) of {type(module).__name__} gives a tensor of real numbers for a batch of"
-        f" type {type(batch).__name__}; pass outputs=lambda module, batch: ... to WeightSumMerger"
+        f"neither predict_step nor forward(batch[0]) of {type(module).__name__} gives a tensor of real numbers for a"
+        f" batch of type {type(batch).__name__}; pass outputs=lambda module, batch: ... to WeightSumMerger"
     )
 
 
@@ -56,8 +57,7 @@ def overrides(module: Any, method: str) -> bool:
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """The class labels in a batch: its second item, or the entry called labels, targets or y; None if there are
-    none."""
+    """The class labels in a batch: its second item, or the entry called labels, targets or y; None without."""
     found = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in _TARGET_KEYS if key in batch), None)

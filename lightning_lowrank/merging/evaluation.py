@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_lowrank._compat import Callback, LightningModule, Trainer, namespace_of, quiet
 from lightning_lowrank.merging.comparison import (
@@ -140,8 +141,8 @@ class WeightSumMerger:
                     logged["ensemble"] = {}
                     _note(
                         report,
-                        f"{_STEPS[stage]} of {type(m1).__name__} does not call the module itself, so its own metrics do not"
-                        " exist for the ensemble",
+                        f"{_STEPS[stage]} of {type(m1).__name__} does not call the module itself, so its own metrics"
+                        " do not exist for the ensemble",
                     )
                 for name in MODELS:
                     values = {
@@ -178,8 +179,7 @@ class WeightSumMerger:
 
 
 class _Recorder(Callback):
-    """Sees each batch before the running module does: first to collect a task's classes, then to compare all models on
-    it.
+    """Sees each batch before the running module does: first to collect a task's classes, then to compare all models.
 
     All the models run on the very same batch, so a shuffling or augmenting dataloader changes nothing.
     """
@@ -266,10 +266,14 @@ def _two_tasks(dataloaders: Any) -> dict[str, Any]:
             )
         if isinstance(loader, Iterator):
             raise ValueError(
-                f"the dataloader of task {name!r} is a {type(loader).__name__}, which can be gone through only once, and"
-                " every model needs a pass; pass a DataLoader or a list of batches"
+                f"the dataloader of task {name!r} is a {type(loader).__name__}, which can be gone through only once,"
+                " and every model needs a pass; pass a DataLoader or a list of batches"
             )
-    return tasks
+    # Lightning takes a list for several dataloaders; here it is one task's batches.
+    return {
+        name: DataLoader(cast(Any, loader), batch_size=None) if isinstance(loader, (list, tuple)) else loader
+        for name, loader in tasks.items()
+    }
 
 
 def _run(trainer: Any, model: Any, loader: Any, stage: str) -> dict[str, float]:

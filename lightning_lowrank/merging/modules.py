@@ -125,8 +125,8 @@ def _merge_one(entry: Entry, coefficients: Sequence[float], *, has_base: bool) -
         if not all(torch.equal(wide[0], other) for other in wide[1:]):
             raise MergeError(
                 f"{entry.kind.value}s must be equal in all networks, and these differ by up to"
-                f" {max((wide[0] - other).abs().max().item() for other in wide[1:]):.3g}; a parameter that was frozen only"
-                " after training needs requires_grad_(True)"
+                f" {max((wide[0] - other).abs().max().item() for other in wide[1:]):.3g}; a parameter that was frozen"
+                " only after training needs requires_grad_(True)"
             )
         return first
     for number, tensor in enumerate(wide, 1):

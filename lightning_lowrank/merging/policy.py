@@ -167,8 +167,8 @@ def _obstacles(number: int, module: nn.Module) -> Iterator[str]:
         where = f"{strip_wrappers(prefix) or type(owner).__name__} of model {number}"
         if is_parametrized(owner):
             yield (
-                f"{where}: its weight is computed by a parametrization, whose inner tensors have no meaningful sum; call"
-                " torch.nn.utils.parametrize.remove_parametrizations first"
+                f"{where}: its weight is computed by a parametrization, whose inner tensors have no meaningful sum;"
+                " call torch.nn.utils.parametrize.remove_parametrizations first"
             )
         if any(isinstance(hook, WeightNorm) for hook in owner._forward_pre_hooks.values()):
             yield f"{where}: uses the old weight_norm; call torch.nn.utils.remove_weight_norm first"
@@ -176,8 +176,9 @@ def _obstacles(number: int, module: nn.Module) -> Iterator[str]:
             if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
                 yield f"{where}: {name} has no shape yet; run one batch through the module first"
             elif tensor is not None and (tensor.layout is not torch.strided or tensor.is_quantized):
-                yield f"{where}: {name} is {tensor.layout} of {tensor.dtype}; only dense, unquantised tensors are
-                summed"
+                yield (
+                    f"{where}: {name} is {tensor.layout} of {tensor.dtype}; only dense, unquantised tensors are summed"
+                )
 
 
 def _refusal(problems: Sequence[str]) -> MergeError:

@@ -111,7 +111,13 @@ class MergeReport:
 
     def __rich__(self) -> RenderableType:
         """The table for a rich console, as wide as that is."""
-        table = Table("task", "metric", *(Column(model, justify="right") for model in self.models), box=SIMPLE_HEAD)
+        table = Table(
+            "task",
+            "metric",
+            *(Column(model, justify="right") for model in self.models),
+            box=SIMPLE_HEAD,
+            show_edge=False,
+        )
         table.padding = (0, 1, 0, 0)
         for task, own in self.tasks.items():
             for index, metric in enumerate(self.metric_names(task)):
