@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
@@ -23,7 +27,7 @@ FOREIGN_WARNINGS = (
     "logging interval",
     "Starting from v1.9.0, `tensorboardX`",
     "GPU available but not used",
-    "`isinstance\\(treespec",
+    "training_step. returned .None",
 )
 
 
@@ -132,3 +136,11 @@ class RowLogger(lightning.pytorch.loggers.Logger):
 
     def ours(self, prefix: str = "lowrank/") -> list[tuple[int | None, dict[str, float]]]:
         return [(step, row) for step, row in self.rows if any(key.startswith(prefix) for key in row)]
+
+
+def wandb_records(run: Any) -> list[dict[str, Any]]:
+    """Everything that a finished offline run wrote, read back by W&B's own command."""
+    folder = Path(run.dir).parent
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
