@@ -23,6 +23,8 @@ Spectral = Literal["norm", "full"]
 
 # Up to this many matrices each gets its own keys under per_layer="auto"; dashboards drown in more.
 MANY_LAYERS = 32
+# Residual at which an iterated spectral norm stops: the logged value is good to four digits.
+_SPECTRAL_RTOL = 1e-4
 QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 # Keys that a single measured step cannot give a value.
 LATE_KEYS = ("norm_spread", "radial_balance_stderr")
@@ -154,7 +156,7 @@ class StepMeter:
             tops = [sigma[0].item() if len(sigma) else 0.0 for sigma in spectra]
             layers["effective_rank"] = [effective_rank(sigma) for sigma in spectra]
         else:
-            tops = [spectral_norm(p.value).value for p in matrices]
+            tops = [spectral_norm(p.value, _SPECTRAL_RTOL).value for p in matrices]
         ratios = [top / norms[p.name] if norms[p.name] > 0 else math.nan for top, p in zip(tops, matrices, strict=True)]
         layers["spectral_norm"] = tops
         layers["stable_rank"] = [1 / ratio**2 if ratio > 0 else math.nan for ratio in ratios]

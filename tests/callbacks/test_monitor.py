@@ -135,21 +135,8 @@ def test_values_agree_with_a_float64_recomputation(name, optimizer, accumulate):
         for key, value in expected.items():
             # Where <W, G> cancels it is exact to 1e-6 of |W| |G|; implied_weight_decay divides it by |W|^2.
             scale = ratios.get(key.split("/")[-1], max(ratios.values())) if "implied" in key else 1
-            spectral = 1e-3 if name == "wide mlp" and ("rank" in key or "spectral" in key) else 1e-4
-            assert row[f"lowrank/{key}"] == pytest.approx(value, rel=spectral, abs=1e-6 * scale, nan_ok=True), key
+            assert row[f"lowrank/{key}"] == pytest.approx(value, rel=1e-4, abs=1e-6 * scale, nan_ok=True), key
         assert {key.removeprefix("lowrank/") for key in row} == {*expected, "radial_balance_stderr", "norm_spread"}
-
-
-def test_iterated_spectra_are_within_1e4_of_the_svd_once_the_stopping_rule_is_met():
-    logger, recorder = RowLogger(), Recorder()
-    make_trainer(logger=logger, callbacks=[LowRankMonitor(), recorder]).fit(
-        make_classifier(mlp((6, 300, 200, 3))), make_loader()
-    )
-    worst = max(
-        abs(row["lowrank/spectral_norm/net.2.weight"] / np.linalg.svd(step["net.2.weight"][0], compute_uv=False)[0] - 1)
-        for (_, row), step in zip(logger.ours(), recorder.steps, strict=True)
-    )
-    assert worst <= 1e-4
 
 
 def fit_and_keep(monitor, tmp_path, **options):
@@ -384,10 +371,8 @@ def test_maximize_turns_the_gradient_around():
         logger = RowLogger()
         optimizer = partial(torch.optim.SGD, lr=0.01, weight_decay=0.1, maximize=maximize)
         module = make_classifier(mlp(), optimizer=optimizer)
-        own = module.training_step
-        module.training_step = lambda batch, batch_idx, own=own, sign=-1 if maximize else 1: (
-            sign * own(batch, batch_idx)
-        )
+        own, sign = module.training_step, -1 if maximize else 1
+        module.training_step = partial(lambda own, sign, batch, batch_idx: sign * own(batch, batch_idx), own, sign)
         make_trainer(logger=logger, callbacks=[LowRankMonitor()]).fit(module, make_loader())
         rows.append(logger.ours()[-1][1])
     assert rows[0]["lowrank/radial_balance"] == pytest.approx(rows[1]["lowrank/radial_balance"], rel=1e-6)
