@@ -40,8 +40,10 @@ def settings(mnist_dir: Path | None, cifar_folder: Path | None) -> list[tuple[st
             linear = {**mnist, "inputs": inputs, "model": "linear", "learning_rate": 0.02, "max_epochs": 150}
             every += [("MNIST-10k", {**linear, "depth": layers - 1}) for layers in (2, 3, 4)]
     if cifar_folder:
-        cifar = {"data": f"folder:{cifar_folder}", "learning_rate": 0.02, "max_epochs": 60}
-        for model in ({"model": "mlp", "depth": 1}, {"model": "cnn", "depth": 3, "width": 64}):
+        cifar = {"data": f"folder:{cifar_folder}", "learning_rate": 0.05}
+        mlp = {"model": "mlp", "depth": 1, "max_epochs": 80}
+        cnn = {"model": "cnn", "depth": 2, "width": 32, "max_epochs": 40}
+        for model in (mlp, cnn):
             for inputs in ("raw", "disjoint"):
                 every += [("CIFAR-10-6k", {**cifar, **model, "inputs": inputs})]
             every += [("CIFAR-10-6k", {**cifar, **model, "inputs": "raw", "base_epochs": 30})]

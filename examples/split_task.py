@@ -243,7 +243,7 @@ def train(network: LightningModule, data: SplitDataModule, logger: Any, max_epoc
         max_epochs=max_epochs,
         callbacks=[LowRankMonitor()],
         logger=logger,
-        log_every_n_steps=20,
+        log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=progress,

@@ -75,7 +75,8 @@ def test_files_and_table(folder, pairs):
 
 
 def test_a_missing_dependency_and_an_unusable_folder_end_in_one_sentence(tmp_path):
-    hidden = "import sys; sys.modules['sklearn.datasets'] = None; from lightning_lowrank.cli import main; sys.exit(main(['demo']))"
+    hide = "import sys; sys.modules['sklearn.datasets'] = None"
+    hidden = f"{hide}; from lightning_lowrank import cli; sys.exit(cli.main(['demo']))"
     blocked = Path(tmp_path / "file")
     blocked.write_text("")
     demo = [sys.executable, "-m", "lightning_lowrank.cli", "demo"]
