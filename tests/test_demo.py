@@ -43,7 +43,7 @@ def test_with_decay_the_networks_are_stationary_balanced_and_of_low_rank(pairs):
         for layers in pair["alignment"].values():
             assert len(layers) == 3
             assert layers[FIRST] >= 0.95
-            assert min(layers.values()) >= 0.98
+            assert min(value for name, value in layers.items() if name != FIRST) >= 0.98
         assert max(pair["norm_spread"].values()) <= 1.03
         assert max(pair["stable_rank"].values()) <= 4
 
