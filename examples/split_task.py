@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
@@ -257,13 +258,13 @@ def main(
     data_dir: Path = Path("data"),
     inputs: Inputs = "raw",
     model: Model = "mlp",
-    depth: int = 1,
-    width: int = 512,
+    depth: PositiveInt = 1,
+    width: PositiveInt = 512,
     learning_rate: float = 0.2,
     weight_decay: float = 5e-3,
-    batch_size: int = 256,
-    max_epochs: int = 40,
-    base_epochs: int = 0,
+    batch_size: PositiveInt = 256,
+    max_epochs: PositiveInt = 40,
+    base_epochs: NonNegativeInt = 0,
     seed: int = 0,
     logger: Literal["csv", "wandb", "tensorboard", "none"] = "csv",
     output: Path = Path("split-task"),

@@ -80,10 +80,21 @@ def train_dataloaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
-def about_to_check(trainer: Trainer) -> bool:
-    """Whether a validation or the end of the epoch follows this batch: where EarlyStopping and ModelCheckpoint look."""
-    batch_number = trainer.fit_loop.batch_idx + 1
-    return trainer.is_last_batch or batch_number % (trainer.val_check_batch or math.inf) == 0
+def about_to_check(trainer: Any) -> bool:
+    """Whether EarlyStopping or ModelCheckpoint may look at the metrics before the next optimizer step."""
+    loop = trainer.fit_loop
+    batch_number = (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx) + 1
+    interval = trainer.val_check_batch or math.inf
+    validates = any((batch_number + later) % interval == 0 for later in range(trainer.accumulate_grad_batches))
+    every = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    saves = any(n > 0 and (trainer.global_step + 1) % n == 0 for n in every)
+    return trainer.is_last_batch or validates or saves
+
+
+def unfreezes_later(trainer: Any) -> bool:
+    """Whether a callback may hand frozen parameters to the optimizer during the run."""
+    finetuning = tuple(namespace.callbacks.BaseFinetuning for namespace in NAMESPACES)
+    return any(isinstance(callback, finetuning) for callback in trainer.callbacks)
 
 
 @contextmanager
@@ -139,4 +150,5 @@ __all__ = [
     "quiet",
     "raw_optimizer",
     "train_dataloaders",
+    "unfreezes_later",
 ]

@@ -9,6 +9,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from lightning_lowrank import __version__
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -23,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lightning-lowrank",
         description="Stationarity of training with weight decay, and merging by summing weights.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(dest="command")
     demo = ArgumentParser(
         description="Train two networks on two halves of real digits, sum their weights, see if it works."
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--output", type=Path, default=Path("lowrank-demo"), help="folder for the results (made if missing)"
     )
-    demo.add_argument("--seeds", type=list[int], default=[0], help="seeds to repeat it with, such as [0,1,2]")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds to repeat it with, such as 0 1 2")
     commands.add_subcommand("demo", demo, help="the whole product in a minute, on scikit-learn's digits")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
@@ -46,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(output: Path, seeds: list[int]) -> int:
     from lightning_lowrank.demo import run
 
-    if not seeds:
-        raise ValueError("--seeds needs at least one seed")
     run(output, seeds, Console())
     return 0
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 # What torch.compile, FSDP and activation checkpointing put into the names. DDP's `module.` is not among them: Lightning
@@ -87,6 +88,11 @@ def decay_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Decay:
 def parameter_names(module: nn.Module) -> dict[int, str]:
     """Names by ``id`` of the parameter, wrappers' prefixes stripped; a tied parameter has its first name."""
     return {id(parameter): strip_wrappers(name) for name, parameter in module.named_parameters()}
+
+
+def has_lazy_parameters(module: nn.Module) -> bool:
+    """Whether some parameter has no shape before the first forward pass."""
+    return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
 
 
 def strip_wrappers(name: str) -> str:

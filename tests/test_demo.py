@@ -15,7 +15,7 @@ FIRST = "net.0.weight"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "lightning_lowrank.cli", "demo", "--seeds=[0,1,2,3,4]", f"--output={output}"]
+    command = [sys.executable, "-m", "lightning_lowrank.cli", "demo", "--seeds", *"01234", f"--output={output}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=output, check=False)
     assert done.returncode == 0, done.stderr
     (output / "stdout.txt").write_text(done.stdout)
@@ -83,7 +83,6 @@ def test_a_missing_dependency_and_an_unusable_folder_end_in_one_sentence(tmp_pat
     for command, message in (
         ([sys.executable, "-c", hidden], "the demo needs scikit-learn: pip install 'lightning-lowrank[examples]'"),
         ([*demo, f"--output={blocked / 'below'}"], "Not a directory"),
-        ([*demo, "--seeds=[]"], "--seeds needs at least one seed"),
     ):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""From the parameters of one optimizer, step after step, to rows of named numbers. Knows nothing of Lightning."""
+"""From the parameters of one optimizer, step after step, to named numbers. Knows nothing of Lightning."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ Spectral = Literal["norm", "full"]
 
 # Up to this many matrices each gets its own keys under per_layer="auto"; dashboards drown in more.
 MANY_LAYERS = 32
-# Residual at which an iterated spectral norm stops: the logged value is good to four digits.
-_SPECTRAL_RTOL = 1e-4
 QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 # Keys that a single measured step cannot give a value.
 LATE_KEYS = ("norm_spread", "radial_balance_stderr")
+SPECTRAL_KEYS = ("stable_rank", "spectral_ratio", "spectral_norm", "effective_rank")
+# Residual at which an iterated spectral norm stops: the logged value is good to four digits.
+_SPECTRAL_RTOL = 1e-4
 
 
 class StepMeter:
-    """Measures one optimizer's steps and sums them up in rows whose keys never change.
+    """Measures one optimizer's steps, under keys that never change.
 
     Args:
-        whole_epoch: Whether the gradient of every step is the full-batch gradient.
-        spectral: Which spectra a row has.
+        whole_epoch: Whether there are keys for values of the full-batch gradient.
+        spectral: Which spectra there are.
         per_layer: Whether each matrix has keys of its own, or by their number.
         decays: How the optimizer decays its groups, at the start of the run.
     """
@@ -52,14 +53,13 @@ class StepMeter:
         self.spectral = spectral
         self.per_layer = per_layer
         self.coupled = has_coupled_target(decays)
+        self.layers: list[str] | None = None
         self._groups = RescalingGroups()
         self._balances: list[float] = []
-        self._layers: list[str] | None = None
-        self._row: dict[str, float] = {}
 
     @property
     def scalar_keys(self) -> list[str]:
-        """The keys of a row without the per-layer ones."""
+        """The keys without the per-layer ones."""
         keys = []
         if self.coupled:
             keys += ["alignment_minibatch", "residual_minibatch"]
@@ -77,14 +77,30 @@ class StepMeter:
         return keys + (["effective_rank"] if self.spectral == "full" else [])
 
     @property
+    def keys(self) -> list[str]:
+        """All keys, once the layers are known."""
+        per_layer = self.layer_keys if self.per_layer is not False else []
+        entries = (self.layers or []) if self._by_name else list(QUANTILES)
+        return self.scalar_keys + [f"{key}/{entry}" for key in per_layer for entry in entries]
+
+    @property
+    def _by_name(self) -> bool:
+        return self.per_layer is True or len(self.layers or ()) <= MANY_LAYERS
+
+    @property
     def _alignment_key(self) -> str:
         return "alignment" if self.whole_epoch else "alignment_minibatch"
 
-    def measure(self, view: Sequence[Parameter], *, spectra: bool) -> dict[str, float]:
+    def start_row(self) -> None:
+        """Begin the means over steps anew."""
+        self._balances.clear()
+
+    def measure(self, view: Sequence[Parameter], *, whole_epoch: bool, spectra: bool) -> dict[str, float]:
         """Measure one step.
 
         Args:
             view: The parameters with their gradients.
+            whole_epoch: Whether this step's gradient is the full-batch gradient.
             spectra: Whether to measure the spectra as well; without, their keys are missing from the result.
 
         Returns:
@@ -95,9 +111,10 @@ class StepMeter:
             [p.grad for p in view],
             [p.weight_decay if p.decay is Decay.COUPLED else 0.0 for p in view],
         )
-        matrices = [index for index, p in enumerate(view) if p.is_matrix]
-        names = [view[index].name for index in matrices]
-        of_matrices = products.select(matrices)
+        indices = [index for index, p in enumerate(view) if p.is_matrix]
+        matrices = [view[index] for index in indices]
+        names = [p.name for p in matrices]
+        of_matrices = products.select(indices)
         norms = dict(zip(names, of_matrices.ww.sqrt().tolist(), strict=True))
         self._groups.update(names, of_matrices.wg.tolist(), (of_matrices.ww * of_matrices.gg).sqrt().tolist())
 
@@ -106,7 +123,8 @@ class StepMeter:
             alignment, residual = products.alignment(), products.residual()
             values |= {"alignment_minibatch": alignment, "residual_minibatch": residual}
             if self.whole_epoch:
-                values |= {"alignment": alignment, "residual": residual}
+                full = {"alignment": alignment, "residual": residual}
+                values |= full if whole_epoch else dict.fromkeys(full, math.nan)
             balance = products.radial_balance()
             if math.isfinite(balance):
                 self._balances.append(balance)
@@ -115,20 +133,13 @@ class StepMeter:
         groups = [[norms[name] for name in group if name in norms] for group in self._groups.groups()]
         values["norm_spread"] = max((norm_spread(group) for group in groups), default=math.nan)
 
-        layers = self._layer_values(view, matrices, of_matrices)
+        layers = self._layer_values(matrices, of_matrices, whole_epoch)
         if spectra and self.spectral:
-            self._add_spectra(values, layers, [view[index] for index in matrices], norms)
+            self._add_spectra(values, layers, matrices, norms)
         return {key: _finite(value) for key, value in {**values, **self._per_layer(names, layers)}.items()}
 
-    def row(self, values: dict[str, float]) -> dict[str, float]:
-        """A row of the values: all the keys of the first row, in its order; and start afresh between rows."""
-        self._balances.clear()
-        if not self._row:
-            self._row = dict.fromkeys(values, math.nan)
-        return {key: values.get(key, math.nan) for key in self._row}
-
     def _layer_values(
-        self, view: Sequence[Parameter], matrices: Sequence[int], products: InnerProducts
+        self, matrices: Sequence[Parameter], products: InnerProducts, whole_epoch: bool
     ) -> dict[str, list[float]]:
         """Lists in the order of the matrices, by key."""
         layers = {
@@ -138,7 +149,7 @@ class StepMeter:
         if self.coupled:
             cosines = products.cosines().tolist()
             # Where the optimizer does not add wd * W to the gradient the theory predicts no alignment.
-            has_target = [view[i].decay is Decay.COUPLED for i in matrices]
+            has_target = [p.decay is Decay.COUPLED and (whole_epoch or not self.whole_epoch) for p in matrices]
             layers[self._alignment_key] = [
                 cosine if target else math.nan for cosine, target in zip(cosines, has_target, strict=True)
             ]
@@ -163,17 +174,14 @@ class StepMeter:
         values |= {"stable_rank": _mean(layers["stable_rank"]), "spectral_ratio": _mean(ratios)}
 
     def _per_layer(self, names: Sequence[str], layers: dict[str, list[float]]) -> dict[str, float]:
-        """The per-layer part of a row: a key per matrix, or quantiles over the matrices when they are many."""
+        """The per-layer part: a key per matrix, or quantiles over the matrices when they are many."""
         if self.per_layer is False:
             return {}
-        if self._layers is None:
-            self._layers = list(names)
-        by_name = self.per_layer is True or len(self._layers) <= MANY_LAYERS
         out: dict[str, float] = {}
         for key in (key for key in self.layer_keys if key in layers):
-            if by_name:
+            if self._by_name:
                 found = dict(zip(names, layers[key], strict=True))
-                out |= {f"{key}/{name}": found.get(name, math.nan) for name in self._layers}
+                out |= {f"{key}/{name}": found.get(name, math.nan) for name in self.layers or []}
             else:
                 finite = torch.tensor([v for v in layers[key] if math.isfinite(v)], dtype=torch.float64)
                 out |= {

@@ -20,13 +20,15 @@ from lightning_lowrank._compat import (
     loss_scale,
     monitored_keys,
     raw_optimizer,
+    unfreezes_later,
 )
 from lightning_lowrank.callbacks._epoch import step_sees_whole_epoch
-from lightning_lowrank.callbacks._meter import LATE_KEYS, Spectral, StepMeter
+from lightning_lowrank.callbacks._meter import LATE_KEYS, SPECTRAL_KEYS, Spectral, StepMeter
 from lightning_lowrank.parameters import (
     Decay,
     Parameter,
     decay_kind,
+    has_lazy_parameters,
     optimized_parameters,
     parameter_names,
     sharded_reason,
@@ -56,7 +58,8 @@ class LowRankMonitor(Callback):
     - Per matrix: ``<key>/<parameter name>``.
 
     Args:
-        every_n_steps: Optimizer steps between two rows; None follows the Trainer's ``log_every_n_steps``.
+        every_n_steps: Batches with an optimizer step between two rows; None follows the Trainer's
+            ``log_every_n_steps``.
         spectral: "norm" for the spectral norm and stable rank of every matrix, "full" for the effective rank as well (a
             full SVD of every matrix per row), None for no spectra.
         per_layer: Whether every matrix has keys of its own; "auto" means up to 32 matrices, and quantiles above.
@@ -101,9 +104,9 @@ class LowRankMonitor(Callback):
     def _reset(self) -> None:
         self._meters: dict[int, StepMeter] = {}
         self._last_step: dict[int, int] = {}
+        self._rows_done: dict[int, int] = {}
         self._watched: dict[str, list[Any]] = {}
         self._pending: dict[str, float] = {}
-        self._keys: dict[str, None] = {}
         self._failed = False
         self._logger_failed = False
 
@@ -126,8 +129,15 @@ class LowRankMonitor(Callback):
                 whole_epoch=whole_epoch, spectral=self.spectral, per_layer=self.per_layer, decays=decays
             )
             self._announce(optimizer, decays)
+        names = parameter_names(pl_module).values()
+        if names and not any(map(self._is_measured, names)):
+            rank_zero_warn(
+                f"LowRankMonitor: include={self.include}, exclude={self.exclude} leave no parameter to measure"
+            )
+        if not has_lazy_parameters(pl_module):
+            self._name_layers(trainer, pl_module)
         self._watched = monitored_keys(trainer, self.prefix)
-        self._warn_watchers(trainer, pl_module)
+        self._warn_watchers(trainer)
         if trainer.is_global_zero:
             logger: Any
             for logger in filter(is_wandb_logger, trainer.loggers):
@@ -142,22 +152,27 @@ class LowRankMonitor(Callback):
         # LBFGS and other closures come here several times a step; the first is at the parameters of the step.
         if index not in self._meters or self._last_step.get(index) == step:
             return
-        first = index not in self._last_step
-        self._last_step[index] = step
         interval = self._interval(trainer)
-        row = self._is_row(trainer, step)
-        fresh = first or (bool(self._watched) and about_to_check(trainer))
+        first = index not in self._last_step
+        if first:
+            self._rows_done[index] = step // interval
+        self._last_step[index] = step
+        # A row is due once per interval, at the first step of this optimizer from then on: under manual optimization it
+        # need not step in every batch.
+        row = bool(trainer.fast_dev_run) or (step + 1) // interval > self._rows_done[index]  # type: ignore[attr-defined]
+        fresh = first or bool(self._watched)
         if not (row or fresh or (step + 1) % max(1, interval // _STEPS_PER_ROW) == 0):
             return
-        spectra = row or first or any("rank" in key or "spectral" in key for key in self._watched)
+        spectra = row or first or (self._watches_spectra and about_to_check(trainer))
         values = self._measure(trainer, pl_module, index, optimizer, spectra)
-        prefix = self.prefix if len(self._meters) == 1 else f"{self.prefix}/optimizer_{index}"
+        section = self._section(index)
         if row:
-            values = self._meters[index].row(values)
-            self._pending |= {f"{prefix}/{key}": value for key, value in values.items()}
+            self._rows_done[index] = (step + 1) // interval
+            self._meters[index].start_row()
+            self._pending |= {f"{section}/{key}": values.get(key, math.nan) for key in self._meters[index].keys}
         if row or fresh:
             trainer.callback_metrics.update(
-                {f"{prefix}/{k}": torch.tensor(v) for k, v in values.items() if math.isfinite(v)}
+                {f"{section}/{k}": torch.tensor(v) for k, v in values.items() if math.isfinite(v)}
             )
 
     def on_train_batch_end(
@@ -166,9 +181,8 @@ class LowRankMonitor(Callback):
         """Send the step's row to every logger."""
         if not self._pending:
             return
-        # Optimizers that did not step in this batch keep their keys.
-        self._keys |= dict.fromkeys(self._pending)
-        row = {key: self._pending.get(key, math.nan) for key in self._keys}
+        keys = [f"{self._section(index)}/{key}" for index, meter in self._meters.items() for key in meter.keys]
+        row = {key: self._pending.get(key, math.nan) for key in keys}
         self._pending = {}
         for logger in trainer.loggers:
             try:
@@ -178,12 +192,27 @@ class LowRankMonitor(Callback):
                     rank_zero_warn(f"LowRankMonitor: {type(logger).__name__} could not take a row: {error!r}")
                 self._logger_failed = True
 
+    @property
+    def _watches_spectra(self) -> bool:
+        return any(part in SPECTRAL_KEYS for key in self._watched for part in key.split("/"))
+
+    def _section(self, index: int) -> str:
+        return self.prefix if len(self._meters) == 1 else f"{self.prefix}/optimizer_{index}"
+
+    def _name_layers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Fix which matrices have keys: all that an optimizer holds, and those that a finetuning callback may add."""
+        names = parameter_names(module)
+        later = list(module.parameters()) if len(self._meters) == 1 and unfreezes_later(trainer) else []
+        for index, meter in self._meters.items():
+            groups = raw_optimizer(trainer.optimizers[index]).param_groups
+            trained = [p for group in groups for p in group["params"] if p.requires_grad]
+            held = {id(p): p for p in (*trained, *later)}
+            layers = [name for key, name in names.items() if key in held and held[key].ndim >= 2]
+            meter.layers = [name for name in layers if self._is_measured(name)]
+
     def _interval(self, trainer: Any) -> int:
         interval: int = self.every_n_steps or trainer.log_every_n_steps or _DEFAULT_INTERVAL
         return interval
-
-    def _is_row(self, trainer: Any, step: int) -> bool:
-        return bool(trainer.fast_dev_run) or (step + 1) % self._interval(trainer) == 0
 
     def _measure(
         self, trainer: Trainer, module: LightningModule, index: int, optimizer: Any, spectra: bool
@@ -192,8 +221,11 @@ class LowRankMonitor(Callback):
         if self._failed:
             return {}
         try:
+            if self._meters[index].layers is None:
+                self._name_layers(trainer, module)
             view = self._view(trainer, module, optimizer)
-            return self._meters[index].measure(view, spectra=spectra) if view else {}
+            whole_epoch = step_sees_whole_epoch(trainer, module)
+            return self._meters[index].measure(view, whole_epoch=whole_epoch, spectra=spectra) if view else {}
         except Exception as error:
             self._failed = True
             rank_zero_warn(f"LowRankMonitor measures no more in this run: {error}")
@@ -228,18 +260,19 @@ class LowRankMonitor(Callback):
                 f"LowRankMonitor: {name} has no weight decay, so alignment, residual and radial balance are NaN."
             )
 
-    def _warn_watchers(self, trainer: Any, module: LightningModule) -> None:
+    def _warn_watchers(self, trainer: Any) -> None:
         """Say which callback waits for a key that this run will not have when the callback first looks."""
         batches = min(trainer.num_training_batches, trainer.val_check_batch or math.inf)
         steps = batches / trainer.accumulate_grad_batches
-        available = self._available_keys(trainer, module)
+        scalars = [f"{self._section(i)}/{key}" for i, meter in self._meters.items() for key in meter.scalar_keys]
+        available = [f"{self._section(i)}/{key}" for i, meter in self._meters.items() for key in meter.keys]
+        layers_known = all(meter.layers is not None for meter in self._meters.values())
         for key, watchers in self._watched.items():
             names = ", ".join(type(watcher).__name__ for watcher in watchers)
-            if key not in available:
-                offered = ", ".join(f"{self.prefix}/{k}" for k in self._meters[0].scalar_keys) if self._meters else ""
+            if key not in available and (layers_known or key.count("/") == scalars[0].count("/")):
                 rank_zero_warn(
-                    f"{names} monitors {key!r}, which this run does not measure"
-                    f"{self._why_missing(key)}. It measures: {offered}."
+                    f"{names} monitors {key!r}, which this run does not measure{self._why_missing(key)}. It measures:"
+                    f" {', '.join(scalars)}, and values per layer."
                 )
             elif key.rsplit("/", 1)[-1] in LATE_KEYS and steps < _STEPS_PER_ROW:
                 rank_zero_warn(
@@ -247,18 +280,8 @@ class LowRankMonitor(Callback):
                     f" for it after {steps:g}. Pass strict=False to EarlyStopping, or let ModelCheckpoint begin later."
                 )
 
-    def _available_keys(self, trainer: Trainer, module: LightningModule) -> set[str]:
-        names = [name for name in parameter_names(module).values() if self._is_measured(name)]
-        keys: set[str] = set()
-        for index, meter in self._meters.items():
-            prefix = self.prefix if len(self._meters) == 1 else f"{self.prefix}/optimizer_{index}"
-            keys |= {f"{prefix}/{key}" for key in meter.scalar_keys}
-            if self.per_layer is not False:
-                keys |= {f"{prefix}/{key}/{name}" for key in meter.layer_keys for name in names}
-        return keys
-
     def _why_missing(self, key: str) -> str:
-        if key.removeprefix(f"{self.prefix}/").split("/")[0] in ("alignment", "residual"):
+        if not {"alignment", "residual"}.isdisjoint(key.split("/")):
             return ": it exists only where one optimizer step sees the whole epoch and the weight decay is coupled"
         return ""
 

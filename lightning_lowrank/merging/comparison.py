@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 def default_outputs(module: Any, batch: Any) -> Tensor:
     """A network's outputs on a batch: from ``predict_step`` where the user wrote one, else from ``forward(batch[0])``.
 
-    A ``predict_step`` that does not return real numbers (class labels, say) is passed over.
+    A ``predict_step`` that fails on the batch or does not return real numbers (class labels, say) is passed over.
 
     Args:
         module: A LightningModule.
@@ -26,19 +27,24 @@ def default_outputs(module: Any, batch: Any) -> Tensor:
     Raises:
         TypeError: If neither gives a tensor of real numbers; the message says what to pass instead.
     """
-    if overrides(module, "predict_step"):
-        predicted = as_logits(module.predict_step(batch, 0))
-        if predicted is not None:
-            return predicted
     inputs = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-    if isinstance(inputs, Tensor):
-        outputs = as_logits(module(inputs))
-        if outputs is not None:
-            return outputs
+    attempts: list[Callable[[], Any]] = [lambda: module(inputs)] if isinstance(inputs, Tensor) else []
+    if overrides(module, "predict_step"):
+        attempts.insert(0, lambda: module.predict_step(copy.copy(batch), 0))
+    failure: Exception | None = None
+    for attempt in attempts:
+        try:
+            found = as_logits(attempt())
+        except Exception as error:  # the user's own code, on a batch that it may not be made for
+            failure = error
+            continue
+        if found is not None:
+            return found
+    because = f" ({failure})" if failure else ""
     raise TypeError(
         f"neither predict_step nor forward(batch[0]) of {type(module).__name__} gives a tensor of real numbers for a"
-        f" batch of type {type(batch).__name__}; pass outputs=lambda module, batch: ... to WeightSumMerger"
-    )
+        f" batch of type {type(batch).__name__}{because}; pass outputs=lambda module, batch: ... to WeightSumMerger"
+    ) from failure
 
 
 def as_logits(value: Any) -> Tensor | None:
@@ -97,7 +103,7 @@ class Comparison:
         self._is_classifier &= axis is not None
         if labels is not None and axis is not None:
             valid = labels >= 0
-            self._is_classifier &= int(labels.max()) < own.shape[axis]
+            self._is_classifier &= bool(self.classes) and self.classes[-1] < own.shape[axis]
             self._count += int(valid.sum())
         for name, output in outputs.items():
             self._moved[name] = self._moved.get(name, 0.0) + (output.double() - own).square().sum().item()
@@ -156,10 +162,9 @@ class Ensemble:
 
 
 def _class_axis(outputs: Tensor, targets: Tensor) -> int | None:
-    """Which dimension of the outputs counts classes, for targets of this shape; None if none does."""
-    if outputs.ndim == targets.ndim + 1 and outputs.ndim >= 2:
-        if outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-            return 1
-        if outputs.shape[:-1] == targets.shape:
-            return outputs.ndim - 1
-    return None
+    """Which dimension of the outputs counts classes, for targets of this shape; None if none does, or two might."""
+    if outputs.ndim != targets.ndim + 1 or outputs.ndim < 2:
+        return None
+    fits = {axis for axis in (1, outputs.ndim - 1) if outputs.shape[:axis] + outputs.shape[axis + 1 :] == targets.shape}
+    # A single logit per sample is a binary classifier or a regression, and has no argmax.
+    return next(axis for axis in fits) if len(fits) == 1 and outputs.shape[min(fits)] > 1 else None

@@ -59,6 +59,8 @@ class WeightSumMerger:
         coefficients: Sequence[float] | None = None,
         outputs: Outputs | None = None,
     ) -> None:
+        if trainer is not None and not hasattr(trainer, "strategy"):
+            raise TypeError(f"trainer must be a Lightning Trainer or None, got {type(trainer).__name__}")
         self.trainer = trainer
         self.base = base
         self.coefficients = check_coefficients(coefficients, len(ORIGINALS))
@@ -134,7 +136,7 @@ class WeightSumMerger:
                 for name in (name for name in models if name != own):
                     logged[name] = _run(trainer, models[name], loader, stage)
                     recorder.rest()
-                partner.to(trainer.strategy.root_device).eval()
+                _place(partner, trainer)
                 ensemble.calls = 0
                 logged["ensemble"] = _run(trainer, ensemble_module, loader, stage)
                 if ensemble.calls == 0:
@@ -165,13 +167,15 @@ class WeightSumMerger:
                 "devices": [device.index or 0] if device.type == "cuda" else 1,
                 "precision": self.trainer.precision,
                 "inference_mode": self.trainer.test_loop.inference_mode,
+                "default_root_dir": self.trainer.default_root_dir,
                 limit: getattr(self.trainer, limit),
             }
         with quiet():
             return namespace.Trainer(
                 **options,
                 callbacks=[recorder],
-                logger=False,
+                # Steps that log pictures or tables by themselves find a logger that takes all and keeps nothing.
+                logger=namespace.loggers.logger.DummyLogger(),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -234,7 +238,7 @@ class _Recorder(Callback):
         outputs: dict[str, Tensor] = {}
         try:
             for name, model in self._models.items():
-                trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
+                _place(model, trainer)
                 with trainer.precision_plugin.test_step_context():
                     found = as_logits(self._outputs(model, copy.copy(batch)))
                 if found is None:
@@ -243,11 +247,11 @@ class _Recorder(Callback):
             shapes = {tuple(output.shape) for output in outputs.values()}
             if len(shapes) > 1:
                 raise TypeError(f"the networks' outputs have different shapes: {sorted(shapes)}")
+            outputs["ensemble"] = average_outputs([outputs[name] for name in ORIGINALS])
+            self._comparison.update(outputs, targets)
         except Exception as error:
             self.problem = f"outputs could not be compared, so accuracies and output_change are missing: {error}"
             return
-        outputs["ensemble"] = average_outputs([outputs[name] for name in ORIGINALS])
-        self._comparison.update(outputs, targets)
 
 
 def _two_tasks(dataloaders: Any) -> dict[str, Any]:
@@ -274,6 +278,12 @@ def _two_tasks(dataloaders: Any) -> dict[str, Any]:
         name: DataLoader(cast(Any, loader), batch_size=None) if isinstance(loader, (list, tuple)) else loader
         for name, loader in tasks.items()
     }
+
+
+def _place(model: Any, trainer: Any) -> None:
+    """Put a copy where the evaluation runs: device, precision, evaluation mode, and a Trainer for code that asks."""
+    model.trainer = trainer
+    trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
 
 
 def _run(trainer: Any, model: Any, loader: Any, stage: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_lowrank.merging.policy import Entry, MergeError, Rule, plan
+from lightning_lowrank.merging.policy import Entry, Kind, MergeError, Rule, plan
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +53,9 @@ def merge_modules(
     """
     modules: list[Any] = [_unwrapped(module) for module in (m1, m2, *more)]
     weights = check_coefficients(coefficients, len(modules))
-    entries = plan([*modules, *([] if base is None else [_unwrapped(base)])])
+    entries = plan(modules, None if base is None else _unwrapped(base))
+    if base is None:
+        _warn_of_shared(entries, weights)
     values = _merge_all(entries, weights, has_base=base is not None)
     merged = copy_module(modules[0])
     _write(merged, entries, values)
@@ -68,11 +71,31 @@ def copy_module(module: M) -> M:
     memo: dict[int, Any] = {}
     for owner in module.modules():
         _detach_graph_tensors(vars(owner), memo)
-    copied = copy.deepcopy(module, memo)
+    try:
+        copied = copy.deepcopy(module, memo)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(module).__name__} can't be copied: {error}{_uncopyable(module)}. Delete or replace what can't be"
+            " copied before merging, or give its class a __deepcopy__ or __getstate__ that leaves it out"
+        ) from error
     for owner in copied.modules():
         if isinstance(owner, Metric):
             owner.reset()
     return copied
+
+
+def _uncopyable(module: nn.Module) -> str:
+    """The attributes that deepcopy stumbles over, for an error message."""
+    found = []
+    for prefix, owner in module.named_modules():
+        for name, value in vars(owner).items():
+            if name in ("_modules", "_parameters", "_buffers", "_trainer"):
+                continue
+            try:
+                copy.deepcopy(value, {id(module): module})
+            except (TypeError, RuntimeError):
+                found.append(f"{prefix}.{name}" if prefix else name)
+    return f" (attribute {', '.join(found)})" if found else ""
 
 
 def check_coefficients(coefficients: Sequence[float] | None, count: int) -> list[float]:
@@ -83,9 +106,12 @@ def check_coefficients(coefficients: Sequence[float] | None, count: int) -> list
     """
     if coefficients is None:
         return [1.0] * count
-    values = [float(value) for value in coefficients]
+    try:
+        values = [float(value) for value in coefficients]
+    except (TypeError, ValueError):
+        values = []
     if len(values) != count or not all(map(math.isfinite, values)):
-        raise ValueError(f"coefficients must be {count} finite numbers, one per network, got {list(coefficients)}")
+        raise ValueError(f"coefficients must be {count} finite numbers, one per network, got {coefficients!r}")
     return values
 
 
@@ -123,10 +149,11 @@ def _merge_one(entry: Entry, coefficients: Sequence[float], *, has_base: bool) -
     ]
     if entry.rule is Rule.EQUAL:
         if not all(torch.equal(wide[0], other) for other in wide[1:]):
+            difference = max((wide[0] - other).abs().max().item() for other in wide[1:])
+            advice = {Kind.FROZEN: "; a parameter that was frozen only after training needs requires_grad_(True)"}
             raise MergeError(
-                f"{entry.kind.value}s must be equal in all networks, and these differ by up to"
-                f" {max((wide[0] - other).abs().max().item() for other in wide[1:]):.3g}; a parameter that was frozen"
-                " only after training needs requires_grad_(True)"
+                f"{entry.kind.value}s must be equal in all networks, and these differ by up to {difference:.3g}"
+                f"{advice.get(entry.kind, '')}"
             )
         return first
     for number, tensor in enumerate(wide, 1):
@@ -148,6 +175,27 @@ def _merge_one(entry: Entry, coefficients: Sequence[float], *, has_base: bool) -
     if not torch.isfinite(merged).all():
         raise MergeError(f"the sum overflows {first.dtype} (largest magnitude {total.abs().max().item():.3g})")
     return merged
+
+
+def _warn_of_shared(entries: Sequence[Entry], coefficients: Sequence[float]) -> None:
+    """Say which trained tensors are the same in all networks, and would be multiplied by the sum of coefficients."""
+    if len(coefficients) < 2 or math.isclose(sum(coefficients), 1.0):
+        return
+    shared = [
+        entry.name
+        for entry in entries
+        if entry.rule is Rule.SUM
+        and all(torch.equal(entry.tensors[0], other.to(entry.tensors[0])) for other in entry.tensors[1:])
+        and bool(entry.tensors[0].any())
+    ]
+    if shared:
+        names = ", ".join(shared[:5]) + (f" and {len(shared) - 5} more" if len(shared) > 5 else "")
+        warnings.warn(
+            f"{names}: equal in all networks, so the sum multiplies them by {sum(coefficients):g}. If the networks"
+            " share them (a backbone that was frozen in training; checkpoints do not keep that), call"
+            " requires_grad_(False) on them before merging, or pass base=.",
+            stacklevel=3,
+        )
 
 
 def _write(merged: nn.Module, entries: Sequence[Entry], values: Sequence[Tensor]) -> None:

@@ -57,6 +57,7 @@ RULES = {
     Kind.BUFFER: Rule.EQUAL,
     Kind.FROZEN: Rule.EQUAL,
 }
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -67,7 +68,7 @@ class Entry:
     Attributes:
         name: The name in the module, without wrappers' prefixes.
         kind: What it is.
-        tensors: One tensor per module, of one shape.
+        tensors: One tensor per module, of one shape; the base's last.
     """
 
     name: str
@@ -87,41 +88,45 @@ class _Named:
     tied_to: str
 
 
-def plan(modules: Sequence[nn.Module]) -> list[Entry]:
+def plan(modules: Sequence[nn.Module], base: nn.Module | None = None) -> list[Entry]:
     """Pair the modules' tensors by name and give each its kind.
 
     Tied tensors appear once, under their first name. The states of torchmetrics and non-persistent buffers are left
     out.
 
     Args:
-        modules: Two or more modules of one architecture.
+        modules: Modules of one architecture.
+        base: Their common start; its tensors come last in each entry. What is frozen in it does not matter.
 
     Raises:
         MergeError: If names, shapes, kinds or ties differ, or a tensor can't be merged; lists every difference.
     """
-    problems = [problem for number, module in enumerate(modules, 1) for problem in _obstacles(number, module)]
+    named = {f"model {number}": module for number, module in enumerate(modules, 1)}
+    if base is not None:
+        named["base"] = base
+    problems = [problem for label, module in named.items() for problem in _obstacles(label, module)]
     if problems:
         raise _refusal(problems)
-    tables = [dict(_named_tensors(module)) for module in modules]
-    first = tables[0]
-    for number, table in enumerate(tables[1:], 2):
-        problems += [f"{name}: only in model 1, not in model {number}" for name in first if name not in table]
-        problems += [f"{name}: only in model {number}, not in model 1" for name in table if name not in first]
+    tables = {label: dict(_named_tensors(module)) for label, module in named.items()}
+    first = tables.pop("model 1")
+    for label, table in tables.items():
+        problems += [f"{name}: only in model 1, not in {label}" for name in first if name not in table]
+        problems += [f"{name}: only in {label}, not in model 1" for name in table if name not in first]
         for name in (name for name in first if name in table):
             one, other = first[name], table[name]
             if one.tensor.shape != other.tensor.shape:
-                shapes = f"{tuple(one.tensor.shape)} in model 1 and {tuple(other.tensor.shape)} in model {number}"
+                shapes = f"{tuple(one.tensor.shape)} in model 1 and {tuple(other.tensor.shape)} in {label}"
                 problems.append(f"{name}: shape {shapes}")
-            if one.kind != other.kind:
-                problems.append(f"{name}: {one.kind.value} in model 1 and {other.kind.value} in model {number}")
+            if one.kind != other.kind and label != "base":
+                problems.append(f"{name}: {one.kind.value} in model 1 and {other.kind.value} in {label}")
             if one.tied_to != other.tied_to:
-                problems.append(f"{name}: tied to {one.tied_to} in model 1 and to {other.tied_to} in model {number}")
+                problems.append(f"{name}: tied to {one.tied_to} in model 1 and to {other.tied_to} in {label}")
     if problems:
         raise _refusal(problems)
     return [
-        Entry(name, named.kind, tuple(table[name].tensor for table in tables))
-        for name, named in first.items()
-        if named.tied_to == name
+        Entry(name, one.kind, (one.tensor, *(table[name].tensor for table in tables.values())))
+        for name, one in first.items()
+        if one.tied_to == name
     ]
 
 
@@ -153,18 +158,19 @@ def _kind(owner: nn.Module, name: str, tensor: Tensor) -> Kind:
     if isinstance(tensor, nn.Parameter):
         if not tensor.requires_grad:
             return Kind.FROZEN
-        if "norm" in type(owner).__name__.lower():
+        # A gain of one's own normalisation is a vector; a matrix in a class called "...Norm..." is a weight.
+        if isinstance(owner, _NORMALISATIONS) or ("norm" in type(owner).__name__.lower() and tensor.ndim <= 1):
             return Kind.NORMALISATION
         return Kind.BIAS if "bias" in name else Kind.WEIGHT
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
         return Kind.INTEGER
     return Kind.STATISTIC if name in _STATISTICS else Kind.BUFFER
 
 
-def _obstacles(number: int, module: nn.Module) -> Iterator[str]:
+def _obstacles(label: str, module: nn.Module) -> Iterator[str]:
     """What in one module has no sum."""
     for prefix, owner in _owners(module):
-        where = f"{strip_wrappers(prefix) or type(owner).__name__} of model {number}"
+        where = f"{strip_wrappers(prefix) or type(owner).__name__} of {label}"
         if is_parametrized(owner):
             yield (
                 f"{where}: its weight is computed by a parametrization, whose inner tensors have no meaningful sum;"

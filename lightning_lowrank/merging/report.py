@@ -73,7 +73,7 @@ class MergeReport:
         """Write the report as JSON, NaN as null.
 
         Raises:
-            ValueError: If the name does not end in .json.
+            ValueError: If the name does not end in .json, or the folder does not exist.
         """
         path = Path(path)
         if path.suffix != ".json":
@@ -81,6 +81,8 @@ class MergeReport:
         content = self.to_dict()
         content["metrics"] = {key: value if math.isfinite(value) else None for key, value in self.metrics.items()}
         text = json.dumps(content, indent=2, allow_nan=False)
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {str(path.parent)!r} to save a report in; make it first")
         # A crash while writing must not leave half a report under the final name.
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -113,7 +115,7 @@ class MergeReport:
         """The table for a rich console, as wide as that is."""
         table = Table(
             "task",
-            "metric",
+            Column("metric", overflow="fold"),
             *(Column(model, justify="right") for model in self.models),
             box=SIMPLE_HEAD,
             show_edge=False,

@@ -83,7 +83,9 @@ def test_image_folders_with_every_model(model, inputs, image_folder, tmp_path):
 def test_digits_with_every_logger(logger, tmp_path):
     import os
 
-    environment = {**os.environ, "WANDB_MODE": "offline"}
+    # Without what a W&B run of another test left there: it would send this process to that run's service.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment["WANDB_MODE"] = "offline"
     options = ("--data=digits", "--max-epochs=5", "--width=64")
     done = run(*options, f"--logger={logger}", "--output=out", cwd=tmp_path, **environment)
     report = report_of(done, tmp_path / "out")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lowrank import MergeError, MergeReport, WeightSumMerger, merge_modules
+from lightning_lowrank.merging.comparison import _class_axis
 from tests.conftest import RowLogger, make_classifier, make_loader, make_trainer, mlp, wandb_records
 
 MODELS = ("m1", "m2", "sum", "average", "ensemble")
@@ -374,3 +375,85 @@ def test_report_goes_to_any_logger_and_to_wandb_as_table_and_summary(report, nam
     assert len(table["data"]) == 10
     cell = table["data"][MODELS.index("sum") * 2][table["columns"].index("test_loss")]
     assert cell == pytest.approx(report.value("first", "sum", "test_loss"))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_true_precisions_convert_every_model(precision):
+    report = WeightSumMerger(make_trainer(precision=precision)).evaluate(*pair(), [task_loader(0), task_loader(1)])
+    assert math.isfinite(report.value("task_1", "ensemble", "test_loss"))
+    assert report.notes == []
+
+
+class UsesTrainer(lightning.pytorch.LightningModule):
+    """Asks for its Trainer in forward and its logger in the test step."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.net = mlp((6, 8, 6), seed=seed)
+
+    def forward(self, inputs):
+        return self.net(inputs) * (1 + self.trainer.current_epoch)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+
+    def test_step(self, batch, batch_idx):
+        self.logger.log_metrics({"own": 1.0})
+        self.logger.experiment.add_scalar("picture", 1.0)
+        self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_modules_may_use_their_trainer_and_logger_and_a_predict_step_that_fails_gives_way_to_forward():
+    report = WeightSumMerger().evaluate(UsesTrainer(0), UsesTrainer(1), [task_loader(0), task_loader(1)])
+    assert report.notes == []
+    assert report.metric_names("task_1") == ["loss", "joint_accuracy", "masked_accuracy", "output_change"]
+
+
+class OneLogit(lightning.pytorch.LightningModule):
+    def __init__(self, seed):
+        super().__init__()
+        self.net = mlp((6, 8, 1), seed=seed)
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def test_step(self, batch, batch_idx):
+        self.log("mean", self(batch[0]).mean())
+
+
+@pytest.mark.parametrize("labels", [[0] * 6, [0, 0, 0, 1, 1, 7]])
+def test_a_single_logit_has_no_argmax(labels):
+    data = TensorDataset(torch.randn(6, 6), torch.tensor(labels))
+    report = WeightSumMerger().evaluate(OneLogit(0), OneLogit(1), [DataLoader(data, batch_size=2)] * 2)
+    assert report.metric_names("task_1") == ["mean", "output_change"]
+
+
+def test_labels_beyond_the_outputs_are_no_classes():
+    data = TensorDataset(torch.randn(4, 6), torch.tensor([0, 1, 2, 9]))
+    report = WeightSumMerger().evaluate(*pair_of_regressions(), [DataLoader(data, batch_size=2)] * 2)
+    assert "joint_accuracy" not in report.metric_names("task_1")
+
+
+def pair_of_regressions():
+    modules = pair()
+    for module in modules:
+        type(module).test_step = lambda self, batch, batch_idx: self.log("mean", self(batch[0]).mean())
+    return modules
+
+
+def test_an_axis_that_could_be_either_is_not_guessed():
+    # Outputs (2, 3, 3) with targets (2, 3): classes may be in the second or in the last dimension.
+    assert _class_axis(torch.zeros(2, 3, 3), torch.zeros(2, 3)) is None
+    assert _class_axis(torch.zeros(2, 3, 5), torch.zeros(2, 3)) == 2
+    assert _class_axis(torch.zeros(2, 5, 3), torch.zeros(2, 3)) == 1
+    assert _class_axis(torch.zeros(2, 5), torch.zeros(2)) == 1
+
+
+def test_a_trainer_is_needed_where_one_is_named():
+    with pytest.raises(TypeError, match="trainer must be a Lightning Trainer or None, got Sequential"):
+        WeightSumMerger(mlp())
+
+
+def test_report_names_a_folder_that_is_missing(report, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder '.*nowhere' to save a report in"):
+        report.save(tmp_path / "nowhere" / "report.json")

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def linear(value, dtype=torch.float32):
 
 def test_overflow_and_non_finite_entries_name_the_tensor():
     with pytest.raises(MergeError, match=r"weight: the sum overflows torch.float16 \(largest magnitude 8e\+04\)"):
-        merge_modules(linear(40000, torch.float16), linear(40000, torch.float16))
+        merge_modules(linear(40000, torch.float16), linear(39968, torch.float16))
     with pytest.raises(MergeError, match="weight: has entries that are not finite in model 2"):
         merge_modules(linear(1), linear(float("nan")))
     with pytest.raises(MergeError, match="weight: has entries that are not finite in base"):
@@ -170,13 +171,13 @@ def test_overflow_and_non_finite_entries_name_the_tensor():
 
 
 def test_frozen_parameters_must_be_equal():
-    one, two = Everything(1.0), Everything(1.0)
+    one, two = Everything(1.0), Everything(2.0)
     nn.init.constant_(two.frozen, 8.0)
     with pytest.raises(
         MergeError, match=r"frozen: frozen parameters must be equal .* differ by up to 1; .*requires_grad_"
     ):
         merge_modules(one, two)
-    two = Everything(1.0)
+    two = Everything(2.0)
     two.table += 1
     with pytest.raises(MergeError, match="table: buffers must be equal"):
         merge_modules(one, two)
@@ -204,8 +205,10 @@ def test_tensors_are_paired_by_name_and_not_by_position():
     parts = {"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)}
     one = nn.ModuleDict(parts)
     two = nn.ModuleDict(dict(reversed(copy.deepcopy(parts).items())))
+    for parameter in two.parameters():
+        parameter.data *= 2
     merged = merge_modules(one, two)
-    assert torch.equal(merged["first"].weight, 2 * parts["first"].weight)
+    assert torch.equal(merged["first"].weight, 3 * parts["first"].weight)
 
 
 def test_different_ties_are_refused():
@@ -275,3 +278,45 @@ def test_order_of_many_networks_does_not_matter():
     for order in itertools.permutations(nets):
         for name, tensor in state(merge_modules(*order)).items():
             torch.testing.assert_close(tensor, first[name], rtol=1e-6, atol=1e-7)
+
+
+def test_weights_that_all_networks_share_are_named():
+    one, two = (nn.Sequential(linear(5), linear(value)) for value in (1, 2))
+    for layer in (one[0], two[0]):
+        nn.init.zeros_(layer.bias)
+    with pytest.warns(UserWarning, match=r"^0.weight: equal in all networks, so the sum multiplies them by 2"):
+        merge_modules(one, two)
+    merge_modules(one, two, coefficients=[0.5, 0.5])
+    for layer in (one[0], two[0]):
+        layer.requires_grad_(False)
+    assert merge_modules(one, two)[0].weight.unique().item() == 5
+
+
+def test_a_base_may_be_frozen_differently():
+    one, two, base = Everything(1.0), Everything(3.0), Everything(0.0)
+    base.frozen.requires_grad_(True)
+    assert merge_modules(one, two, base=base).frozen.unique().item() == 7
+
+
+def test_differences_of_the_base_are_called_so():
+    with pytest.raises(MergeError, match=r"weight: shape \(2, 2\) in model 1 and \(3, 2\) in base"):
+        merge_modules(linear(1), linear(2), base=nn.Linear(2, 3))
+
+
+def test_masks_must_be_equal_and_matrices_in_norm_classes_are_summed():
+    class PreNormLinear(nn.Linear):
+        pass
+
+    one, two = PreNormLinear(2, 2), PreNormLinear(2, 2)
+    assert torch.equal(merge_modules(one, two).weight, one.weight + two.weight)
+    for net, mask in ((one, [True, False]), (two, [True, True])):
+        net.register_buffer("mask", torch.tensor(mask))
+    with pytest.raises(MergeError, match=r"mask: buffers must be equal in all networks, and these differ by up to 1$"):
+        merge_modules(one, two)
+
+
+def test_attributes_that_cannot_be_copied_are_named():
+    one, two = linear(1), linear(2)
+    one.guard = threading.Lock()
+    with pytest.raises(TypeError, match=r"Linear can't be copied: .*lock.* \(attribute guard\)\. Delete or replace"):
+        merge_modules(one, two)
