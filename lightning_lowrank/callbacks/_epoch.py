@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_lowrank._compat import LightningModule, Trainer, train_dataloaders
 
@@ -23,14 +30,14 @@ def step_sees_whole_epoch(trainer: Trainer, module: LightningModule) -> bool:
     if batches != trainer.accumulate_grad_batches:
         return False
     loader = loaders[0]
-    return isinstance(loader, DataLoader) and len(loader) == batches and _covers_dataset(loader)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return len(loader) == batches and _covers_dataset(loader)
 
 
 def _covers_dataset(loader: DataLoader[Any]) -> bool:
     """Whether one pass over the loader yields every sample of its dataset once, in batches of one size."""
-    if not hasattr(loader.dataset, "__len__"):
-        return False
-    size = len(loader.dataset)
+    size = len(loader.dataset)  # type: ignore[arg-type]
     sampler = loader.sampler
     if type(sampler) is RandomSampler:
         complete = not sampler.replacement and sampler.num_samples == size

@@ -122,6 +122,12 @@ class LowRankMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide what this run can measure, and say before training what it can't."""
         self._reset()
+        try:
+            self._prepare(trainer, pl_module)
+        except Exception as error:
+            self._give_up(error)
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         whole_epoch = step_sees_whole_epoch(trainer, pl_module)
         for index, optimizer in enumerate(map(raw_optimizer, trainer.optimizers)):
             decays = [decay_kind(optimizer, group) for group in optimizer.param_groups]
@@ -227,9 +233,13 @@ class LowRankMonitor(Callback):
             whole_epoch = step_sees_whole_epoch(trainer, module)
             return self._meters[index].measure(view, whole_epoch=whole_epoch, spectra=spectra) if view else {}
         except Exception as error:
-            self._failed = True
-            rank_zero_warn(f"LowRankMonitor measures no more in this run: {error}")
+            self._give_up(error)
             return {}
+
+    def _give_up(self, error: Exception) -> None:
+        """A monitor never ends a run that would have gone on."""
+        self._failed = True
+        rank_zero_warn(f"LowRankMonitor measures no more in this run: {error}")
 
     def _view(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> list[Parameter]:
         reason = sharded_reason(p for group in optimizer.param_groups for p in group["params"])

@@ -18,6 +18,13 @@ def full_batch(shuffle=False):
     return make_loader(batch_size=24, shuffle=shuffle)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """As many samples as there are, of a length that is not known."""
+
+    def __iter__(self):
+        return iter(make_data())
+
+
 def with_sampler(sampler, **options):
     return torch.utils.data.DataLoader(make_data(), batch_size=24, sampler=sampler, **options)
 
@@ -39,11 +46,12 @@ def with_sampler(sampler, **options):
         (lambda: with_sampler(torch.utils.data.SubsetRandomSampler(range(12))), {}, False),
         (lambda: torch.utils.data.DataLoader(make_data(samples=25), batch_size=24, drop_last=True), {}, False),
         (lambda: [full_batch(), full_batch()], {}, False),
+        (lambda: torch.utils.data.DataLoader(Stream(), batch_size=24), {"limit_train_batches": 1}, False),
     ],
     ids=[
         "one batch", "one shuffled batch", "batch larger than data", "accumulated epoch", "mini-batches",
         "partial accumulation", "window longer than epoch", "uneven last batch", "limited", "with replacement",
-        "sampled part", "unknown sampler", "dropped rest", "two loaders",
+        "sampled part", "unknown sampler", "dropped rest", "two loaders", "stream",
     ],
 )  # fmt: skip
 def test_full_batch_keys_exist_only_where_a_step_sees_the_whole_epoch(loader, options, whole):

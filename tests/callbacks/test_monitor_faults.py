@@ -93,3 +93,15 @@ def test_closures_are_measured_once_a_step():
     module = make_classifier(mlp(), optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4))
     make_trainer(logger=logger, callbacks=[LowRankMonitor()]).fit(module, make_loader())
     assert [step for step, _ in logger.ours()] == list(range(6))
+
+
+def test_a_failure_before_training_never_ends_the_run(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("lightning_lowrank.callbacks.monitor.step_sees_whole_epoch", fail)
+    trainer = make_trainer(logger=RowLogger(), callbacks=[LowRankMonitor()])
+    with pytest.warns(UserWarning, match="measures no more in this run: no such thing") as caught:
+        trainer.fit(make_classifier(mlp()), make_loader())
+    assert trainer.global_step == 6
+    assert len([w for w in caught if "measures no more" in str(w.message)]) == 1
