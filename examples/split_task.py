@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,6 +229,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_logger(kind: str) -> None:
+    """Fail before training rather than after it where the logger's package is missing."""
+    if kind in ("wandb", "tensorboard") and find_spec(kind) is None:
+        raise ModuleNotFoundError(f"--logger {kind} needs a package: pip install {kind}")
+
+
 def make_logger(kind: str, folder: Path, name: str) -> Logger | Literal[False]:
     """The logger of one run, everything below ``folder``."""
     if kind == "wandb":
@@ -293,6 +300,7 @@ def main(
     """
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     try:
+        check_logger(logger)
         train_split, test_split = load(data, data_dir)
     except (DataUnavailableError, ModuleNotFoundError) as error:
         print(f"split_task: {error}", file=sys.stderr)
