@@ -91,6 +91,12 @@ def about_to_check(trainer: Any) -> bool:
     return trainer.is_last_batch or validates or saves
 
 
+def sharding_strategy(trainer: Trainer) -> str | None:
+    """The name of the run's strategy if it shards parameters or gradients over processes."""
+    name = type(trainer.strategy).__name__
+    return name if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy") else None
+
+
 def unfreezes_later(trainer: Any) -> bool:
     """Whether a callback may hand frozen parameters to the optimizer during the run."""
     finetuning = tuple(namespace.callbacks.BaseFinetuning for namespace in NAMESPACES)
@@ -149,6 +155,7 @@ __all__ = [
     "namespace_of",
     "quiet",
     "raw_optimizer",
+    "sharding_strategy",
     "train_dataloaders",
     "unfreezes_later",
 ]

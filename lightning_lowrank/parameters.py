@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
@@ -135,13 +137,15 @@ def optimized_parameters(optimizer: Optimizer, names: Mapping[int, str], *, loss
     return view
 
 
-def sharded_reason(parameters: Iterable[Tensor]) -> str | None:
-    """Why local sums over these tensors would not be the sums over the parameters; None where they are."""
+def sharding(module: nn.Module, parameters: Iterable[Tensor]) -> str | None:
+    """What shards these parameters over processes, so that local sums are not the parameters'; None if nothing does."""
     for parameter in parameters:
-        kind = type(parameter).__name__
-        if kind in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id"):
-            return f"parameters are sharded over processes ({kind}), and a shard's products are not the parameter's"
-    return None
+        if isinstance(parameter, DTensor):
+            return "DTensor"
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed"
+    # With `use_orig_params` FSDP hands out plain parameters that are pieces of the real ones.
+    return "FSDP" if any(isinstance(owner, FullyShardedDataParallel) for owner in module.modules()) else None
 
 
 def _steps_like(optimizer: Optimizer, names: Iterable[str]) -> bool:

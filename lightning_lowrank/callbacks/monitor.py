@@ -20,6 +20,7 @@ from lightning_lowrank._compat import (
     loss_scale,
     monitored_keys,
     raw_optimizer,
+    sharding_strategy,
     unfreezes_later,
 )
 from lightning_lowrank.callbacks._epoch import step_sees_whole_epoch
@@ -31,7 +32,7 @@ from lightning_lowrank.parameters import (
     has_lazy_parameters,
     optimized_parameters,
     parameter_names,
-    sharded_reason,
+    sharding,
 )
 
 # Measured steps between two rows, for the standard error of the radial balance.
@@ -242,9 +243,13 @@ class LowRankMonitor(Callback):
         rank_zero_warn(f"LowRankMonitor measures no more in this run: {error}")
 
     def _view(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> list[Parameter]:
-        reason = sharded_reason(p for group in optimizer.param_groups for p in group["params"])
-        if reason is not None:
-            raise RuntimeError(reason)
+        kind = sharding_strategy(trainer) or sharding(
+            module, (p for group in optimizer.param_groups for p in group["params"])
+        )
+        if kind is not None:
+            raise RuntimeError(
+                f"parameters are sharded over processes ({kind}), and a shard's sums are not the parameter's"
+            )
         view = optimized_parameters(optimizer, parameter_names(module), loss_scale=loss_scale(trainer, optimizer))
         return [p for p in view if self._is_measured(p.name)]
 
