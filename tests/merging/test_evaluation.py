@@ -409,14 +409,7 @@ def test_modules_may_use_their_trainer_and_logger_and_a_predict_step_that_fails_
     assert report.metric_names("task_1") == ["loss", "joint_accuracy", "masked_accuracy", "output_change"]
 
 
-class OneLogit(lightning.pytorch.LightningModule):
-    def __init__(self, seed):
-        super().__init__()
-        self.net = mlp((6, 8, 1), seed=seed)
-
-    def forward(self, inputs):
-        return self.net(inputs)
-
+class OneLogit(Regression):
     def test_step(self, batch, batch_idx):
         self.log("mean", self(batch[0]).mean())
 
