@@ -53,8 +53,8 @@ class LowRankMonitor(Callback):
     - ``alignment_minibatch``, ``residual_minibatch``: of the step's own gradient. On mini-batches they are far from the
       full-batch values and say little about stationarity.
     - ``alignment``, ``residual``: the full-batch values, only where one optimizer step sees the whole epoch.
-    - ``radial_balance``, ``radial_balance_stderr``: mean and standard error over the steps measured since the last row,
-      up to ten.
+    - ``radial_balance``, ``radial_balance_stderr``: mean and standard error over the steps measured since the last row:
+      about ten, or all of them while a callback watches one of the keys.
     - ``implied_weight_decay``, ``norm_spread``, ``stable_rank``, ``spectral_ratio``: over the weight matrices.
     - Per matrix: ``<key>/<parameter name>``.
 
@@ -168,7 +168,7 @@ class LowRankMonitor(Callback):
         # need not step in every batch.
         row = bool(trainer.fast_dev_run) or (step + 1) // interval > self._rows_done[index]  # type: ignore[attr-defined]
         fresh = first or bool(self._watched)
-        if not (row or fresh or (step + 1) % max(1, interval // _STEPS_PER_ROW) == 0):
+        if not (row or fresh or (step + 1) % math.ceil(interval / _STEPS_PER_ROW) == 0):
             return
         spectra = row or first or (self._watches_spectra and about_to_check(trainer))
         values = self._measure(trainer, pl_module, index, optimizer, spectra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -96,7 +97,8 @@ class Comparison:
 
     def update(self, outputs: Mapping[str, Tensor], targets: Tensor | None) -> None:
         """Take one batch: every network's outputs on it, and the labels."""
-        own = outputs[self.own].double()
+        # On the CPU: not every device has float64.
+        own = outputs[self.own].cpu().double()
         self._there += own.square().sum().item()
         labels = None if targets is None else targets.to(own.device)
         axis = None if labels is None else _class_axis(own, labels)
@@ -106,10 +108,10 @@ class Comparison:
             self._is_classifier &= bool(self.classes) and self.classes[-1] < own.shape[axis]
             self._count += int(valid.sum())
         for name, output in outputs.items():
-            self._moved[name] = self._moved.get(name, 0.0) + (output.double() - own).square().sum().item()
+            self._moved[name] = self._moved.get(name, 0.0) + (output.cpu().double() - own).square().sum().item()
             if labels is None or axis is None or not self._is_classifier:
                 continue
-            logits = output.movedim(axis, -1)
+            logits = output.cpu().movedim(axis, -1)
             joint = logits.argmax(-1)
             classes = torch.tensor(self.classes, device=logits.device)
             masked = classes[logits[..., classes].argmax(-1)]
@@ -133,9 +135,13 @@ def average_outputs(outputs: Sequence[Any]) -> Any:
     """
     first = outputs[0]
     if isinstance(first, Tensor):
-        return torch.stack(list(outputs)).mean(0) if first.is_floating_point() else first
+        return torch.stack(list(outputs)).mean(0) if first.is_floating_point() or first.is_complex() else first
     if isinstance(first, dict):
         return type(first)(**{key: average_outputs([o[key] for o in outputs]) for key in first})
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        fields = [field.name for field in dataclasses.fields(first) if field.init]
+        averaged = {name: average_outputs([getattr(o, name) for o in outputs]) for name in fields}
+        return dataclasses.replace(first, **averaged)
     if isinstance(first, (list, tuple)):
         items = [average_outputs(parts) for parts in zip(*outputs, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)

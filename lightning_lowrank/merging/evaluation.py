@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -146,12 +147,12 @@ class WeightSumMerger:
                         f"{_STEPS[stage]} of {type(m1).__name__} does not call the module itself, so its own metrics"
                         " do not exist for the ensemble",
                     )
-                for name in MODELS:
-                    values = {
-                        **logged[name],
-                        **{k: v for k, v in recorder.metrics(name).items() if k not in logged[name]},
-                    }
-                    report.metrics.update({f"{task}/{name}/{metric}": value for metric, value in values.items()})
+                # A module's own metric keeps its name where one of ours is called the same.
+                found = {name: {**logged[name], **(recorder.metrics(name) | logged[name])} for name in MODELS}
+                names = dict.fromkeys(metric for values in found.values() for metric in values)
+                report.metrics.update(
+                    {f"{task}/{model}/{name}": found[model].get(name, math.nan) for model in MODELS for name in names}
+                )
                 if recorder.problem:
                     _note(report, recorder.problem)
         return report
@@ -185,7 +186,7 @@ class WeightSumMerger:
 class _Recorder(Callback):
     """Sees each batch before the running module does: first to collect a task's classes, then to compare all models.
 
-    All the models run on the very same batch, so a shuffling or augmenting dataloader changes nothing.
+    They all run on the very same batch, so a shuffling or augmenting dataloader changes nothing in the comparison.
     """
 
     def __init__(self, models: Mapping[str, LightningModule], outputs: Outputs) -> None:

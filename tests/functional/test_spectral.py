@@ -108,6 +108,36 @@ def test_zero_and_non_finite_matrices(side):
     assert singular_values(bad).isnan().all()
 
 
+def signs(seed, size):
+    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+def block(rows, columns, width):
+    weight = torch.zeros(rows, columns)
+    weight[:, :width] = 1
+    return weight
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(200, 300),
+        torch.ones(512, 512),
+        torch.full((200, 300), 0.02, dtype=torch.float16),
+        torch.outer(signs(0, 200), signs(1, 300)),
+        block(200, 300, 10),
+        torch.outer(signs(0, 200), signs(1, 300)) + block(200, 300, 5),
+        torch.eye(200, 300),
+        torch.ones(200, 1000, dtype=torch.float64),
+    ],
+    ids=["ones", "square ones", "half", "signs", "block", "rank two", "identity", "double"],
+)
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6])
+def test_iteration_that_runs_out_of_directions_is_exact(weight, rtol):
+    exact = torch.linalg.svdvals(weight.double())[0].item()
+    assert spectral_norm(weight, rtol).value == pytest.approx(exact, rel=5e-6)
+
+
 def test_rank_one_among_large_matrices():
     weight = torch.outer(torch.arange(1.0, 301.0), torch.ones(200))
     assert stable_rank(weight) == pytest.approx(1, rel=1e-5)

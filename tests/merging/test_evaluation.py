@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import warnings
@@ -188,7 +189,7 @@ def test_a_step_that_goes_around_forward_has_no_metrics_for_the_ensemble():
     for module in (one, two):
         type(module).test_step = lambda self, batch, batch_idx: self.log("acc", self.net(batch[0]).mean())
     report = WeightSumMerger().evaluate(one, two, [task_loader(0), task_loader(1)])
-    assert "task_1/ensemble/acc" not in report.metrics
+    assert math.isnan(report.value("task_1", "ensemble", "acc"))
     assert math.isfinite(report.value("task_1", "ensemble", "joint_accuracy"))
     assert "does not call the module itself" in report.notes[0]
     assert len(report.notes) == 1
@@ -239,6 +240,31 @@ def test_segmentation_and_token_outputs_count_classes_in_their_own_dimension():
         report = WeightSumMerger().evaluate(one, two, loaders)
         right = (one.net(inputs).argmax(1) == labels)[labels >= 0].float().mean().item()
         assert report.value("task_1", "m1", "joint_accuracy") == pytest.approx(right)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    name: str = "output"
+
+
+def test_the_ensemble_averages_outputs_inside_dataclasses():
+    class Wrapped(lightning.pytorch.LightningModule):
+        def __init__(self, seed):
+            super().__init__()
+            self.net = mlp((6, 8, 6), seed=seed)
+
+        def forward(self, inputs):
+            return Output(self.net(inputs))
+
+        def test_step(self, batch, batch_idx):
+            self.log("loss", nn.functional.cross_entropy(self(batch[0]).logits, batch[1]))
+
+    one, two = Wrapped(0), Wrapped(1)
+    report = WeightSumMerger().evaluate(one, two, [task_loader(0), task_loader(1)])
+    inputs, labels = task_loader(0).dataset.tensors
+    expected = nn.functional.cross_entropy((one.net(inputs) + two.net(inputs)) / 2, labels).item()
+    assert report.value("task_1", "ensemble", "loss") == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_list_of_batches_is_a_dataloader():
