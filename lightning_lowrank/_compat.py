@@ -17,9 +17,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as _lightning
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.data import _extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 NAMESPACES: tuple[ModuleType, ...] = (_lightning,) + (
     (import_module("pytorch_lightning"),) if find_spec("pytorch_lightning") else ()
@@ -41,6 +46,11 @@ def namespace_of(module: nn.Module) -> ModuleType | None:
 def batches_that_stepped(trainer: Trainer) -> int:
     """The x-axis of every value that Lightning logs by itself: batches that ended in an optimizer step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def step_of_epoch(trainer: Any) -> int:
+    """Which optimizer step of its epoch is about to be taken, from 0 on."""
+    return int(trainer.fit_loop.epoch_loop.batch_idx) // int(trainer.accumulate_grad_batches)
 
 
 def raw_optimizer(optimizer: Any) -> Optimizer:
@@ -103,6 +113,42 @@ def unfreezes_later(trainer: Any) -> bool:
     return any(isinstance(callback, finetuning) for callback in trainer.callbacks)
 
 
+def checks_until_finite(watcher: Any, trainer: Any, key: str) -> bool:
+    """Let EarlyStopping pass over its checks until ``key`` has a finite value; False for any other watcher."""
+    check = getattr(watcher, "_run_early_stopping_check", None)
+    if check is None:
+        return False
+
+    def check_if_finite(trainer: Any) -> None:
+        value = trainer.callback_metrics.get(key)
+        if value is not None and torch.isfinite(value).all():
+            check(trainer)
+
+    watcher._run_early_stopping_check = check_if_finite
+    return True
+
+
+def gradient_epsilon(trainer: Any) -> float:
+    """Machine epsilon of the arithmetic that the run's gradients are made with."""
+    precision = str(trainer.precision)
+    if "64" in precision:
+        return torch.finfo(torch.float32).eps  # rounding of the measured products is below that
+    if "bf16" in precision or "transformer-engine" in precision:
+        return torch.finfo(torch.bfloat16).eps
+    # Convolutions and, if allowed, matrix products on CUDA run in TF32, which keeps as many bits as float16.
+    tf32 = trainer.strategy.root_device.type == "cuda" and (
+        torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    )
+    reduced = "16" in precision or tf32 or torch.get_float32_matmul_precision() == "medium"
+    return torch.finfo(torch.float16 if reduced else torch.float32).eps
+
+
+def current_loss_scale(trainer: Any) -> float | None:
+    """The gradient scaler's factor; None where the run has no scaler. It falls where a step was skipped."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what a Trainer of our own would say: hardware it found, tips, advice about a user's own training."""
@@ -141,6 +187,111 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Iterable) else [value]
 
 
+def is_machinery(kind: type) -> bool:
+    """Whether objects of this class run a training rather than being trained by it."""
+    own = [cls for ns in NAMESPACES for cls in (ns.Trainer, ns.Callback, ns.loggers.Logger)]
+    return issubclass(kind, (Optimizer, LRScheduler, *own))
+
+
+def attached_trainer(module: Any) -> Any:
+    """The Trainer that the module belongs to, or None; ``module.trainer`` raises where there is none."""
+    return module._trainer
+
+
+@contextmanager
+def attached(module: Any, trainer: Any) -> Iterator[None]:
+    """Make the Trainer the module's, and that of LightningModules within it."""
+    before = [(part, part._trainer) for part in module.modules() if namespace_of(part) is not None]
+    module.trainer = trainer
+    try:
+        yield
+    finally:
+        for part, own in before:
+            part._trainer = own
+
+
+def quiet_trainer(module: Any) -> Any:
+    """A Trainer on the module's own device that says, logs and saves nothing, as if it were training the module."""
+    namespace, device = namespace_of(module), module.device
+    assert namespace is not None
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*available but not used")
+        trainer = namespace.Trainer(
+            accelerator={"cuda": "gpu"}.get(device.type, device.type),
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            logger=namespace.loggers.logger.DummyLogger(),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    trainer.strategy.connect(module)
+    trainer.training = True
+    return trainer
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def silenced(module: nn.Module, trainer: Any) -> Iterator[None]:
+    """Nothing that the module logs is kept: not by ``log`` and ``log_dict``, nor by the Trainer's loggers."""
+    names = ("log", "log_dict")
+    parts = [part for part in module.modules() if namespace_of(part) is not None]
+    own = [{name: vars(part)[name] for name in names if name in vars(part)} for part in parts]
+    loggers = trainer.loggers
+    dummy = next(ns for ns in NAMESPACES if isinstance(trainer, ns.Trainer)).loggers.logger.DummyLogger
+    for part in parts:
+        vars(part).update(dict.fromkeys(names, _log_nothing))
+    trainer.loggers = [dummy() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+        for part, kept in zip(parts, own, strict=True):
+            for name in names:
+                vars(part).pop(name, None)
+            vars(part).update(kept)
+
+
+def is_combined_loader(loader: Any) -> bool:
+    """Whether this is Lightning's bundle of several dataloaders."""
+    return any(isinstance(loader, ns.utilities.CombinedLoader) for ns in NAMESPACES)
+
+
+def move_batch(batch: Any, module: Any, trainer: Any, device: torch.device) -> Any:
+    """Bring a batch from the dataloader to the module as fit does, through the hooks of module and datamodule."""
+    selector = trainer._data_connector._datahook_selector if trainer.lightning_module is module else None
+    batch = trainer.precision_plugin.convert_input(batch)
+    for hook, extra in (
+        ("on_before_batch_transfer", (0,)),
+        ("transfer_batch_to_device", (device, 0)),
+        ("on_after_batch_transfer", (0,)),
+    ):
+        owner = module if selector is None else selector.get_instance(hook)
+        batch = getattr(owner, hook)(batch, *extra)
+    return batch
+
+
+def clone_batch(batch: Any) -> Any:
+    """A batch of new tensors in new containers; objects of unknown classes are kept."""
+    return apply_to_collection(batch, torch.Tensor, torch.Tensor.clone)
+
+
+def batch_size(batch: Any) -> int | None:
+    """The number of samples in a batch as Lightning's logging infers it; None where it would have to guess."""
+    try:
+        sizes = {size for size in _extract_batch_size(batch) if size is not None}
+    except RecursionError:
+        return None
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def takes(method: Any, name: str, *, position: int | None = None) -> bool:
+    """Whether a hook takes an argument by this name, or has as many as ``position`` arguments beside ``self``."""
+    return is_param_in_hook_signature(method, name, explicit=position is None, min_args=position)
+
+
 __all__ = [
     "NAMESPACES",
     "Callback",
@@ -148,14 +299,28 @@ __all__ = [
     "Trainer",
     "about_to_check",
     "as_list",
+    "attached",
+    "attached_trainer",
+    "batch_size",
     "batches_that_stepped",
+    "checks_until_finite",
+    "clone_batch",
+    "current_loss_scale",
+    "gradient_epsilon",
+    "is_combined_loader",
+    "is_machinery",
     "is_wandb_logger",
     "loss_scale",
     "monitored_keys",
+    "move_batch",
     "namespace_of",
     "quiet",
+    "quiet_trainer",
     "raw_optimizer",
     "sharding_strategy",
+    "silenced",
+    "step_of_epoch",
+    "takes",
     "train_dataloaders",
     "unfreezes_later",
 ]

@@ -5,38 +5,53 @@ Everything that knows about optimizers, wrappers or loss scaling lives here; the
 
 from __future__ import annotations
 
-import enum
-import inspect
-import re
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-# What torch.compile, FSDP and activation checkpointing put into the names. DDP's `module.` is not among them: Lightning
-# never hands out the wrapped module, and users call their own submodules `module`.
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+from lightning_lowrank.optimizers import Decay, decay_kind, decay_rate
+from lightning_lowrank.sharding import Shard
 
 
-class Decay(enum.Enum):
-    """How an optimizer applies a parameter group's weight decay."""
+@dataclass(frozen=True)
+class Penalty:
+    """What decays the weights of a run, beyond what the optimizer's groups say.
 
-    COUPLED = "coupled"  # wd * theta is added to the gradient: the L2-regularised loss
-    DECOUPLED = "decoupled"  # theta shrinks by lr * wd beside the update
-    NONE = "none"
-    UNKNOWN = "unknown"
+    Attributes:
+        weight_decay: Replaces the coefficient of every parameter group; None keeps the groups' own.
+        in_loss: Coefficient c of a penalty c/2 |theta|^2 that the user's loss contains. Its gradient c theta is part of
+            what backward leaves in ``grad``, so it is subtracted to get the data's.
+    """
 
+    weight_decay: float | None = None
+    in_loss: float = 0.0
 
-# torch optimizers that add wd * theta to the gradient unless the group says `decoupled_weight_decay`.
-_COUPLED = ("SGD", "Adam", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "ASGD")
-# Decoupled without saying so in every torch version.
-_DECOUPLED = ("AdamW", "Adafactor", "Muon")
+    def coefficient(self, group: Mapping[str, Any]) -> float:
+        """The coefficient that the optimizer applies to a group."""
+        return float((group.get("weight_decay") or 0.0) if self.weight_decay is None else self.weight_decay)
+
+    def decay(self, optimizer: Optimizer, group: Mapping[str, Any]) -> Decay:
+        """How a group's weights are decayed, all in all."""
+        kind = decay_kind(optimizer, {**group, "weight_decay": self.coefficient(group)})
+        if kind is Decay.UNKNOWN and self.weight_decay is not None:
+            return Decay.COUPLED
+        # A penalty within the loss has the same stationary points under every optimizer.
+        return Decay.COUPLED if kind is Decay.NONE and self.in_loss > 0 else kind
+
+    def rate(self, optimizer: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
+        """What one step adds to the cumulative decay; NaN where there is no scalar one."""
+        own = {**group, "weight_decay": self.coefficient(group)}
+        if self.in_loss == 0:
+            return decay_rate(optimizer, own)
+        whole = {**own, "weight_decay": own["weight_decay"] + self.in_loss}
+        # An optimizer that decays beside the gradient does not treat a penalty within the loss as its own.
+        return decay_rate(optimizer, whole) if decay_kind(optimizer, whole) is Decay.COUPLED else math.nan
 
 
 @dataclass(frozen=True)
@@ -45,51 +60,51 @@ class Parameter:
 
     Attributes:
         name: The name in the module, without the prefixes that wrappers add.
-        value: The parameter, detached.
-        grad: The gradient that the optimizer descends, unscaled; of the parameter's shape. Negated under
-            ``maximize=True``.
-        weight_decay: The group's coefficient; 0 where there is none.
-        decay: How the optimizer applies it.
+        value: The parameter, detached; of a sharded one, this process' piece.
+        grad: Its gradient, as it is in ``grad``; of the value's shape.
+        factor: What ``grad`` has to be multiplied with: -1 under ``maximize=True``, and one over a loss scale that is
+            still in it.
+        weight_decay: The coefficient of the whole L2 penalty, or the decoupled decay; 0 where there is none.
+        in_loss: The part of a penalty that is within the loss, and so in ``grad``.
+        decay: How it is decayed.
+        rate: What one step adds to the cumulative decay; NaN where there is no scalar one.
+        shard: How it is spread over processes.
     """
 
     name: str
     value: Tensor
     grad: Tensor
+    factor: float
     weight_decay: float
+    in_loss: float
     decay: Decay
+    rate: float | Tensor
+    shard: Shard
+
+    def of_data(self, products: Tensor) -> Tensor:
+        """<W, W>, <W, G>, <G, G> with the gradient as it is in ``grad``, as those with the data's gradient.
+
+        Args:
+            products: Of the parameter or its parts, float64, shape ``(n, 3)``.
+        """
+        ww, wg, gg = products.unbind(1)
+        wg, gg = self.factor * wg, self.factor**2 * gg
+        return torch.stack([ww, wg - self.in_loss * ww, gg - 2 * self.in_loss * wg + self.in_loss**2 * ww], 1)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole parameter."""
+        return self.shard.shape
 
     @property
     def is_matrix(self) -> bool:
-        """Whether spectra and rescaling groups speak of it; biases and gains are vectors."""
-        return self.value.ndim >= 2
+        """Whether spectra speak of it; biases and gains are vectors."""
+        return len(self.shape) >= 2
 
-
-def decay_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Decay:
-    """How ``optimizer`` decays the parameters of ``group``.
-
-    Known are torch's own optimizers (and subclasses that do not change ``step``) and others that declare
-    ``weight_decouple`` or ``decoupled_weight_decay`` in their groups. Any other optimizer with a positive decay is
-    unknown.
-
-    Example:
-        >>> import torch
-        >>> optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-        >>> decay_kind(optimizer, optimizer.param_groups[0])
-        <Decay.DECOUPLED: 'decoupled'>
-    """
-    if not float(group.get("weight_decay") or 0) > 0:
-        return Decay.NONE
-    if _steps_like(optimizer, _DECOUPLED):
-        return Decay.DECOUPLED
-    declared = group.get("decoupled_weight_decay", group.get("weight_decouple"))
-    if declared is not None:
-        return Decay.DECOUPLED if declared else Decay.COUPLED
-    return Decay.COUPLED if _steps_like(optimizer, _COUPLED) else Decay.UNKNOWN
-
-
-def parameter_names(module: nn.Module) -> dict[int, str]:
-    """Names by ``id`` of the parameter, wrappers' prefixes stripped; a tied parameter has its first name."""
-    return {id(parameter): strip_wrappers(name) for name, parameter in module.named_parameters()}
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all of it."""
+        return not self.shard.groups
 
 
 def has_lazy_parameters(module: nn.Module) -> bool:
@@ -97,62 +112,47 @@ def has_lazy_parameters(module: nn.Module) -> bool:
     return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
 
 
-def strip_wrappers(name: str) -> str:
-    """Remove what compilation, FSDP and activation checkpointing put into a parameter's name.
-
-    Example:
-        >>> strip_wrappers("_orig_mod.encoder._checkpoint_wrapped_module.weight")
-        'encoder.weight'
-    """
-    return _WRAPPERS.sub("", name)
-
-
-def optimized_parameters(optimizer: Optimizer, names: Mapping[int, str], *, loss_scale: float = 1.0) -> list[Parameter]:
+def optimized_parameters(
+    optimizer: Optimizer,
+    shards: Mapping[int, Sequence[Shard]],
+    *,
+    penalty: Penalty = Penalty(),
+    loss_scale: float = 1.0,
+    gradients: Mapping[int, Tensor] | None = None,
+) -> list[Parameter]:
     """The parameters that ``optimizer`` is about to update, in the order of its groups.
 
     A parameter without a gradient is left out: no torch optimizer updates or decays it.
 
     Args:
         optimizer: Its gradients are complete: reduced over ranks and accumulated.
-        names: As :func:`parameter_names` returns them; a parameter that the module does not know is ``group<i>.<j>``.
+        shards: As :func:`lightning_lowrank.sharding.shards` returns them; a parameter that the module does not know is
+            ``group<i>.<j>``.
+        penalty: What decays the weights beyond what the groups say.
         loss_scale: A factor still in the gradients (fused optimizers under mixed precision).
+        gradients: Stand for the parameters' ``grad``, by ``id`` of the parameter.
     """
     view = []
     for i, group in enumerate(optimizer.param_groups):
-        decay = decay_kind(optimizer, group)
+        decay, coefficient = penalty.decay(optimizer, group), penalty.coefficient(group)
+        rate = penalty.rate(optimizer, group)
         factor = (-1.0 if group.get("maximize") else 1.0) / loss_scale
         for j, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
-                continue
-            grad = parameter.grad.detach()
-            view.append(
-                Parameter(
-                    name=names.get(id(parameter), f"group{i}.{j}"),
-                    value=parameter.detach(),
-                    grad=grad if factor == 1.0 else grad * factor,
-                    weight_decay=float(group.get("weight_decay") or 0.0),
-                    decay=decay,
+            for shard in shards.get(id(parameter)) or [Shard.of_whole(f"group{i}.{j}", parameter)]:
+                grad = shard.gradient(parameter) if gradients is None else gradients.get(id(parameter))
+                if grad is None:
+                    continue
+                view.append(
+                    Parameter(
+                        name=shard.name,
+                        value=shard.local(parameter),
+                        grad=grad,
+                        factor=factor,
+                        weight_decay=coefficient + (penalty.in_loss if decay is Decay.COUPLED else 0.0),
+                        in_loss=penalty.in_loss,
+                        decay=decay,
+                        rate=rate,
+                        shard=shard,
+                    )
                 )
-            )
     return view
-
-
-def sharding(module: nn.Module, parameters: Iterable[Tensor]) -> str | None:
-    """What shards these parameters over processes, so that local sums are not the parameters'; None if nothing does."""
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            return "DTensor"
-        if hasattr(parameter, "ds_id"):
-            return "DeepSpeed"
-    # With `use_orig_params` FSDP hands out plain parameters that are pieces of the real ones.
-    return "FSDP" if any(isinstance(owner, FullyShardedDataParallel) for owner in module.modules()) else None
-
-
-def _steps_like(optimizer: Optimizer, names: Iterable[str]) -> bool:
-    """Whether the optimizer runs the ``step`` of one of torch's own classes, itself or inherited unchanged."""
-    own = inspect.unwrap(type(optimizer).step)
-    for name in names:
-        cls = getattr(torch.optim, name, None)
-        if cls is not None and isinstance(optimizer, cls) and own is inspect.unwrap(cls.step):
-            return True
-    return False

@@ -56,12 +56,11 @@ def test_version_is_that_of_the_metadata():
 
 
 def test_the_documents_name_every_logged_key():
-    from lightning_lowrank.callbacks._meter import StepMeter
-    from lightning_lowrank.parameters import Decay
+    from lightning_lowrank.callbacks._keys import Keys
 
-    meter = StepMeter(whole_epoch=True, spectral="full", per_layer=True, decays=[Decay.COUPLED])
+    keys = Keys("window", True, True, frozenset({"linf", "spectral"}), "full", True)
     text = (ROOT / "docs" / "metrics.md").read_text()
-    for key in meter.scalar_keys:
+    for key in keys.scalars:
         assert f"`{key}`" in text, key
-    for key in meter.layer_keys:
+    for key in keys.of_layers:
         assert f"`{key}/<name>`" in text, key

@@ -4,139 +4,149 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from lightning_lowrank.callbacks._keys import Keys
+from lightning_lowrank.callbacks._regimes import RegimeTracker
 from lightning_lowrank.functional import (
     InnerProducts,
-    RescalingGroups,
     effective_rank,
-    norm_spread,
     singular_values,
     spectral_norm,
 )
-from lightning_lowrank.parameters import Decay, Parameter
+from lightning_lowrank.functional._tensors import inner_products, squared_residuals
+from lightning_lowrank.optimizers import Decay
+from lightning_lowrank.parameters import Parameter
+from lightning_lowrank.sharding import reduce_max, reduce_sums
 
-Spectral = Literal["norm", "full"]
-
-# Up to this many matrices each gets its own keys under per_layer="auto"; dashboards drown in more.
-MANY_LAYERS = 32
-QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
-# Keys that a single measured step cannot give a value.
-LATE_KEYS = ("norm_spread", "radial_balance_stderr")
-SPECTRAL_KEYS = ("stable_rank", "spectral_ratio", "spectral_norm", "effective_rank")
 # Residual at which an iterated spectral norm stops: the logged value is good to four digits.
 _SPECTRAL_RTOL = 1e-4
 
+# Below it the residual is a small difference of the products, and is computed from the entries.
+_SMALL_RESIDUAL = 0.05
+
 
 class StepMeter:
-    """Measures one optimizer's steps, under keys that never change.
+    """Measures one optimizer's steps.
 
     Args:
-        whole_epoch: Whether there are keys for values of the full-batch gradient.
-        spectral: Which spectra there are.
-        per_layer: Whether each matrix has keys of its own, or by their number.
-        decays: How the optimizer decays its groups, at the start of the run.
+        keys: Which values there are.
+        regimes: Which layers the theory speaks of; learns from every step that is measured in full.
     """
 
-    def __init__(
-        self,
-        *,
-        whole_epoch: bool,
-        spectral: Spectral | None,
-        per_layer: bool | Literal["auto"],
-        decays: Sequence[Decay],
-    ) -> None:
-        self.whole_epoch = whole_epoch
-        self.spectral = spectral
-        self.per_layer = per_layer
-        self.coupled = has_coupled_target(decays)
-        self.layers: list[str] | None = None
-        self._groups = RescalingGroups()
-        self._balances: list[float] = []
-
-    @property
-    def scalar_keys(self) -> list[str]:
-        """The keys without the per-layer ones."""
-        keys = []
-        if self.coupled:
-            keys += ["alignment_minibatch", "residual_minibatch"]
-            keys += ["alignment", "residual"] if self.whole_epoch else []
-            keys += ["radial_balance", "radial_balance_stderr"]
-        keys += ["implied_weight_decay", "norm_spread"]
-        return keys + (["stable_rank", "spectral_ratio"] if self.spectral else [])
-
-    @property
-    def layer_keys(self) -> list[str]:
-        """The keys that every matrix has."""
-        keys = [self._alignment_key] if self.coupled else []
-        keys += ["implied_weight_decay", "frobenius_norm"]
-        keys += ["spectral_norm", "stable_rank"] if self.spectral else []
-        return keys + (["effective_rank"] if self.spectral == "full" else [])
-
-    @property
-    def keys(self) -> list[str]:
-        """All keys, once the layers are known."""
-        per_layer = self.layer_keys if self.per_layer is not False else []
-        entries = (self.layers or []) if self._by_name else list(QUANTILES)
-        return self.scalar_keys + [f"{key}/{entry}" for key in per_layer for entry in entries]
-
-    @property
-    def _by_name(self) -> bool:
-        return self.per_layer is True or len(self.layers or ()) <= MANY_LAYERS
-
-    @property
-    def _alignment_key(self) -> str:
-        return "alignment" if self.whole_epoch else "alignment_minibatch"
+    def __init__(self, keys: Keys, regimes: RegimeTracker) -> None:
+        self.keys = keys
+        self.regimes = regimes
+        self.start_row()
 
     def start_row(self) -> None:
         """Begin the means over steps anew."""
-        self._balances.clear()
+        self._balances: list[float] = []
+        self._invariant: dict[str, list[float]] = {}
 
-    def measure(self, view: Sequence[Parameter], *, whole_epoch: bool, spectra: bool) -> dict[str, float]:
+    def products(self, view: Sequence[Parameter]) -> InnerProducts:
+        """The inner products of the parameters with the *data's* gradient, reduced over shards."""
+        sums = inner_products([(p.value, p.grad) for p in view], exact=False)
+        return data_products(view, reduce_sums(sums, [p.shard for p in view]))
+
+    def residual(self, view: Sequence[Parameter], products: InnerProducts) -> float:
+        """|G + Lambda theta| / |Lambda theta| over the comparable parameters, also where it is small."""
+        some = [view[index] for index in self.comparable(view)]
+        if not some:
+            return math.nan
+        pairs = [(p.value, p.grad) for p in some]
+        # G is factor * grad less the penalty within the loss, so G + wd W = factor * (grad + own / factor * W).
+        decays = [(p.weight_decay - p.in_loss) / p.factor for p in some]
+        local = inner_products(pairs, exact=False)
+        squared = squared_residuals(pairs, decays, local) * torch.tensor([p.factor**2 for p in some]).double()
+        squared = reduce_sums(squared[:, None], [p.shard for p in some])
+        pull = products.select(self.comparable(view)).decay_norm()
+        return math.sqrt(squared.sum().item()) / pull if pull > 0 and squared.isfinite().all() else math.nan
+
+    def glance(self, view: Sequence[Parameter], products: InnerProducts) -> None:
+        """Take a step into the means over steps, and nothing more."""
+        comparable = self.comparable(view)
+        balance = products.select(comparable).radial_balance()
+        if math.isfinite(balance):
+            self._balances.append(balance)
+        excluded = self.regimes.excluded()
+        for p, ww, gg in zip(view, products.ww.tolist(), products.gg.tolist(), strict=True):
+            if p.name in excluded and p.is_matrix and p.decay is Decay.COUPLED and ww > 0:
+                # |G|^2 / |W|^2 over its steady state 2 wd / lr_effective = 2 wd^2 / rate (docs/theory.md).
+                self._invariant.setdefault(p.name, []).append(gg / ww * float(p.rate) / (2 * p.weight_decay**2))
+
+    def measure(
+        self, view: Sequence[Parameter], products: InnerProducts, *, whole_epoch: bool, spectra: bool, tau: float
+    ) -> dict[str, float]:
         """Measure one step.
 
         Args:
             view: The parameters with their gradients.
+            products: As :meth:`products` returns them.
             whole_epoch: Whether this step's gradient is the full-batch gradient.
             spectra: Whether to measure the spectra as well; without, their keys are missing from the result.
+            tau: The cumulative decay before this step.
 
         Returns:
             Values by key; NaN where there is none.
         """
-        products = InnerProducts.of(
-            [p.value for p in view],
-            [p.grad for p in view],
-            [p.weight_decay if p.decay is Decay.COUPLED else 0.0 for p in view],
-        )
+        norms = self.regimes.update(view, torch.stack([products.ww, products.wg, products.gg], 1), tau)
+        self.glance(view, products)
         indices = [index for index, p in enumerate(view) if p.is_matrix]
         matrices = [view[index] for index in indices]
-        names = [p.name for p in matrices]
         of_matrices = products.select(indices)
-        norms = dict(zip(names, of_matrices.ww.sqrt().tolist(), strict=True))
-        self._groups.update(names, of_matrices.wg.tolist(), (of_matrices.ww * of_matrices.gg).sqrt().tolist())
-
         values: dict[str, float] = {}
-        if self.coupled:
-            alignment, residual = products.alignment(), products.residual()
-            values |= {"alignment_minibatch": alignment, "residual_minibatch": residual}
-            if self.whole_epoch:
-                full = {"alignment": alignment, "residual": residual}
-                values |= full if whole_epoch else dict.fromkeys(full, math.nan)
-            balance = products.radial_balance()
-            if math.isfinite(balance):
-                self._balances.append(balance)
+        if self.keys.coupled:
+            comparable = products.select(self.comparable(view))
+            step = {"alignment": comparable.alignment(), "residual": comparable.residual()}
+            if step["residual"] < _SMALL_RESIDUAL:
+                step["residual"] = self.residual(view, products)
+            values |= {f"{key}_minibatch": value for key, value in step.items()}
+            if self.keys.gradient == "step":
+                values |= step if whole_epoch else dict.fromkeys(step, math.nan)
             values |= {"radial_balance": _mean(self._balances), "radial_balance_stderr": _stderr(self._balances)}
-        values["implied_weight_decay"] = of_matrices.implied_weight_decay()
-        groups = [[norms[name] for name in group if name in norms] for group in self._groups.groups()]
-        values["norm_spread"] = max((norm_spread(group) for group in groups), default=math.nan)
-
+            values["scale_invariant_balance"] = _mean([_mean(found) for found in self._invariant.values()])
+        values |= {"implied_weight_decay": of_matrices.implied_weight_decay(), **norms}
         layers = self._layer_values(matrices, of_matrices, whole_epoch)
-        if spectra and self.spectral:
-            self._add_spectra(values, layers, matrices, norms)
-        return {key: _finite(value) for key, value in {**values, **self._per_layer(names, layers)}.items()}
+        if spectra and self.keys.spectral:
+            self._add_spectra(values, layers, matrices, of_matrices.ww.sqrt().tolist())
+        per_layer = self.keys.spread_out([p.name for p in matrices], layers)
+        return {key: _finite(value) for key, value in {**values, **per_layer}.items()}
+
+    def after_step(self, view: Sequence[Parameter], directions: Mapping[str, Tensor]) -> dict[str, float]:
+        """The values of decoupled decay, from the direction u of the step that was taken.
+
+        Args:
+            view: The parameters, with their values after the step.
+            directions: u by name, this process' piece of it.
+        """
+        excluded = self.regimes.excluded()
+        decayed = [p for p in view if p.decay is Decay.DECOUPLED and p.name not in excluded]
+        moved = [p for p in decayed if p.name in directions]
+        values = {"update_alignment": math.nan, "update_residual": math.nan}
+        if moved and len(moved) == len(decayed):
+            sums = inner_products([(p.value, directions[p.name]) for p in moved])
+            products = InnerProducts.from_sums(
+                reduce_sums(sums, [p.shard for p in moved]), [p.weight_decay for p in moved]
+            )
+            values = {"update_alignment": products.alignment(), "update_residual": products.residual()}
+        return values
+
+    def linf_decay(self, parameters: Sequence[Parameter]) -> float:
+        """The largest wd * max|theta| over the parameters; AdamW's limit points have at most 1."""
+        tops = torch.stack(
+            [p.value.abs().amax().float().cpu() if p.value.numel() else torch.zeros(()) for p in parameters]
+        )
+        tops = reduce_max(tops, [p.shard for p in parameters])
+        return max(p.weight_decay * float(top) for p, top in zip(parameters, tops.tolist(), strict=True))
+
+    def comparable(self, view: Sequence[Parameter]) -> list[int]:
+        """What the L2 target holds for: coupled decay, and not scale-invariant."""
+        excluded = self.regimes.excluded()
+        return [i for i, p in enumerate(view) if p.decay is Decay.COUPLED and p.name not in excluded]
 
     def _layer_values(
         self, matrices: Sequence[Parameter], products: InnerProducts, whole_epoch: bool
@@ -146,12 +156,12 @@ class StepMeter:
             "implied_weight_decay": (-products.wg / products.ww).tolist(),
             "frobenius_norm": products.ww.sqrt().tolist(),
         }
-        if self.coupled:
-            cosines = products.cosines().tolist()
+        if self.keys.coupled and self.keys.gradient in (None, "step"):
+            known = whole_epoch or self.keys.gradient is None
             # Where the optimizer does not add wd * W to the gradient the theory predicts no alignment.
-            has_target = [p.decay is Decay.COUPLED and (whole_epoch or not self.whole_epoch) for p in matrices]
-            layers[self._alignment_key] = [
-                cosine if target else math.nan for cosine, target in zip(cosines, has_target, strict=True)
+            layers[self.keys.alignment] = [
+                cosine if known and p.decay is Decay.COUPLED else math.nan
+                for cosine, p in zip(products.cosines().tolist(), matrices, strict=True)
             ]
         return layers
 
@@ -160,42 +170,49 @@ class StepMeter:
         values: dict[str, float],
         layers: dict[str, list[float]],
         matrices: Sequence[Parameter],
-        norms: dict[str, float],
+        norms: Sequence[float],
     ) -> None:
-        if self.spectral == "full":
-            spectra = [singular_values(p.value) for p in matrices]
-            tops = [sigma[0].item() if len(sigma) else 0.0 for sigma in spectra]
-            layers["effective_rank"] = [effective_rank(sigma) for sigma in spectra]
-        else:
-            tops = [spectral_norm(p.value, _SPECTRAL_RTOL).value for p in matrices]
-        ratios = [top / norms[p.name] if norms[p.name] > 0 else math.nan for top, p in zip(tops, matrices, strict=True)]
+        tops, effective = [], []
+        for p in matrices:
+            whole = p.shard.whole(p.value)
+            if self.keys.spectral == "full":
+                sigma = singular_values(whole)
+                tops.append(sigma[0].item() if len(sigma) else 0.0)
+                effective.append(effective_rank(sigma))
+            else:
+                tops.append(spectral_norm(whole, _SPECTRAL_RTOL).value)
+        if self.keys.spectral == "full":
+            layers["effective_rank"] = effective
+        ratios = [top / norm if norm > 0 else math.nan for top, norm in zip(tops, norms, strict=True)]
         layers["spectral_norm"] = tops
         layers["stable_rank"] = [1 / ratio**2 if ratio > 0 else math.nan for ratio in ratios]
         values |= {"stable_rank": _mean(layers["stable_rank"]), "spectral_ratio": _mean(ratios)}
-
-    def _per_layer(self, names: Sequence[str], layers: dict[str, list[float]]) -> dict[str, float]:
-        """The per-layer part: a key per matrix, or quantiles over the matrices when they are many."""
-        if self.per_layer is False:
-            return {}
-        out: dict[str, float] = {}
-        for key in (key for key in self.layer_keys if key in layers):
-            if self._by_name:
-                found = dict(zip(names, layers[key], strict=True))
-                out |= {f"{key}/{name}": found.get(name, math.nan) for name in self.layers or []}
-            else:
-                finite = torch.tensor([v for v in layers[key] if math.isfinite(v)], dtype=torch.float64)
-                out |= {
-                    f"{key}/{label}": finite.quantile(q).item() if len(finite) else math.nan
-                    for label, q in QUANTILES.items()
-                }
-        return out
+        if "spectral" in self.keys.bounds:
+            decayed = [
+                p.weight_decay * top for p, top in zip(matrices, tops, strict=True) if p.decay is Decay.DECOUPLED
+            ]
+            values["spectral_decay"] = max(decayed, default=math.nan)
 
 
-def has_coupled_target(decays: Sequence[Decay]) -> bool:
-    """Whether the L2-regularised loss is what this optimizer descends, for some of its parameters.
+def data_products(view: Sequence[Parameter], sums: Tensor) -> InnerProducts:
+    """The products with the gradient of the data's loss: sign, scale and a penalty within the loss taken out.
+
+    Args:
+        view: The parameters.
+        sums: <W, W>, <W, G>, <G, G> with the gradients as they are in ``grad``, shape ``(parameters, 3)``.
+    """
+    data = sums.double()
+    if any(p.factor != 1 or p.in_loss for p in view):
+        data = torch.cat([p.of_data(row[None]) for p, row in zip(view, data, strict=True)])
+    return InnerProducts.from_sums(data, [p.weight_decay if p.decay is Decay.COUPLED else 0.0 for p in view])
+
+
+def has_coupled_target(decays: Iterable[Decay]) -> bool:
+    """Whether the L2-regularised loss is what an optimizer descends, for some of its parameters.
 
     An optimizer without any decay counts: its decay may be scheduled to start later, and until then the values are NaN.
     """
+    decays = list(decays)
     return Decay.COUPLED in decays or all(decay is Decay.NONE for decay in decays)
 
 

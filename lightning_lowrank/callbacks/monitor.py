@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from lightning_lowrank._compat import (
     Callback,
@@ -16,30 +18,36 @@ from lightning_lowrank._compat import (
     Trainer,
     about_to_check,
     batches_that_stepped,
+    current_loss_scale,
+    gradient_epsilon,
     is_wandb_logger,
     loss_scale,
-    monitored_keys,
     raw_optimizer,
     sharding_strategy,
     unfreezes_later,
 )
-from lightning_lowrank.callbacks._epoch import step_sees_whole_epoch
-from lightning_lowrank.callbacks._meter import LATE_KEYS, SPECTRAL_KEYS, Spectral, StepMeter
-from lightning_lowrank.parameters import (
-    Decay,
-    Parameter,
-    decay_kind,
-    has_lazy_parameters,
-    optimized_parameters,
-    parameter_names,
-    sharding,
-)
+from lightning_lowrank.callbacks._full import measure_epoch
+from lightning_lowrank.callbacks._full import refusal as full_refusal
+from lightning_lowrank.callbacks._keys import PerLayer, Spectral
+from lightning_lowrank.callbacks._optimizer import OptimizerMonitor, Settings, Source
+from lightning_lowrank.callbacks._regimes import LayerRegime
+from lightning_lowrank.callbacks._watchers import Watchers
+from lightning_lowrank.callbacks._window import GradientWindow
+from lightning_lowrank.parameters import Penalty, has_lazy_parameters
+from lightning_lowrank.sampling import step_sees_whole_epoch
+from lightning_lowrank.sharding import refusal
 
-# Measured steps between two rows, for the standard error of the radial balance.
+T = TypeVar("T")
+Gradient = Literal["auto", "step", "window", "full"]
+
+# Measured steps between two rows, for the standard error of the radial balance; fewer where windows measure many.
 _STEPS_PER_ROW = 10
+_STEPS_PER_ROW_BESIDE_WINDOWS = 4
 # The interval where Lightning has none (`log_every_n_steps=0`, barebones): its own default.
 _DEFAULT_INTERVAL = 50
 _SPECTRAL = ("norm", "full", None)
+# Above that many parameters the window's buffer is no small thing any more.
+_LARGE_MODEL = 1_000_000_000
 
 
 class LowRankMonitor(Callback):
@@ -50,22 +58,37 @@ class LowRankMonitor(Callback):
     finite values into ``trainer.callback_metrics``, where EarlyStopping and ModelCheckpoint find them. What can't be
     measured is NaN. The run itself is not changed by one bit. docs/metrics.md explains each key.
 
+    - ``alignment``, ``residual``: of the full-batch gradient, with standard errors; see ``gradient``.
     - ``alignment_minibatch``, ``residual_minibatch``: of the step's own gradient. On mini-batches they are far from the
       full-batch values and say little about stationarity.
-    - ``alignment``, ``residual``: the full-batch values, only where one optimizer step sees the whole epoch.
-    - ``radial_balance``, ``radial_balance_stderr``: mean and standard error over the steps measured since the last row:
-      about ten, or all of them while a callback watches one of the keys.
-    - ``implied_weight_decay``, ``norm_spread``, ``stable_rank``, ``spectral_ratio``: over the weight matrices.
-    - Per matrix: ``<key>/<parameter name>``.
+    - ``radial_balance``, ``radial_balance_stderr``: mean and standard error over the steps measured since the last row.
+    - ``update_alignment``, ``update_residual``, ``linf_decay``, ``spectral_decay``: the targets of decoupled decay.
+    - ``norm_spread``, ``homogeneity_defect``, ``norm_gap``, ``norm_gap_predicted``: norms among layers that can trade a
+      factor. ``scale_invariant_balance``: of layers in front of a normalisation, which the others leave out.
+    - ``cumulative_decay``, ``steps_to_stationarity``, ``implied_weight_decay``, ``stable_rank``, ``spectral_ratio``.
+    - Per matrix: ``<key>/<parameter name>``. ``overhead``: the share of the run's time that measuring took.
 
     Args:
         every_n_steps: Batches with an optimizer step between two rows; None follows the Trainer's
             ``log_every_n_steps``.
+        gradient: Where the full-batch values come from. "window": noise-corrected from the gradients of ``window_size``
+            steps. "full": a pass over the training data at fixed weights every ``every_n_epochs`` epochs. "step": only
+            where one optimizer step sees the whole epoch. "auto": "step" in that case, else "window", and "step" again
+            for models above a billion parameters.
+        window_size: Optimizer steps of a window; None chooses whole epochs where they are short enough.
+        window_stride: Every how many steps a window takes a gradient.
+        window_rest: Steps between two windows; None keeps the cost of large models below a percent of their training,
+            by a rest of six windows' length.
+        every_n_epochs: Epochs between two passes of ``gradient="full"``.
         spectral: "norm" for the spectral norm and stable rank of every matrix, "full" for the effective rank as well (a
             full SVD of every matrix per row), None for no spectra.
         per_layer: Whether every matrix has keys of its own; "auto" means up to 32 matrices, and quantiles above.
+        weight_decay: Replaces the coefficient of the optimizer's groups; "auto" takes theirs.
+        loss_penalty: Coefficient c of a penalty c/2 |theta|^2 that is written into the loss.
+        groups: Rescaling groups by name, each a list of patterns of weights, for layers that the search does not pair.
         include: Glob pattern or patterns; only parameters whose name matches one are measured.
         exclude: Glob pattern or patterns of parameters that are left out.
+        initialization_share: ``steps_to_stationarity`` counts the steps until the initialisation has decayed below it.
         prefix: What the keys begin with; two monitors in one Trainer need two prefixes.
 
     Raises:
@@ -79,226 +102,311 @@ class LowRankMonitor(Callback):
     def __init__(
         self,
         every_n_steps: int | None = None,
+        gradient: Gradient = "auto",
+        window_size: int | None = None,
+        window_stride: int = 1,
+        window_rest: int | None = None,
+        every_n_epochs: int = 1,
         spectral: Spectral | None = "norm",
-        per_layer: bool | Literal["auto"] = "auto",
+        per_layer: PerLayer = "auto",
+        weight_decay: float | Literal["auto"] = "auto",
+        loss_penalty: float = 0.0,
+        groups: dict[str, list[str]] | None = None,
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
+        initialization_share: float = 0.01,
         prefix: str = "lowrank",
     ) -> None:
         super().__init__()
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(f"every_n_steps must be a positive integer or None, got {every_n_steps!r}")
+        for name, count in {"every_n_steps": every_n_steps, "window_size": window_size}.items():
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {count!r}")
+        for name, count in {"window_stride": window_stride, "every_n_epochs": every_n_epochs}.items():
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a positive integer, got {count!r}")
+        if window_rest is not None and (not isinstance(window_rest, int) or window_rest < 0):
+            raise ValueError(f"window_rest must be None or an integer of at least 0, got {window_rest!r}")
+        if gradient not in get_args(Gradient):
+            raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
         if spectral not in _SPECTRAL:
             raise ValueError(f"spectral must be one of {_SPECTRAL}, got {spectral!r}")
         if per_layer not in ("auto", True, False):
             raise ValueError(f"per_layer must be 'auto', True or False, got {per_layer!r}")
+        if weight_decay != "auto" and not _is_coefficient(weight_decay):
+            raise ValueError(f"weight_decay must be 'auto' or a number of at least 0, got {weight_decay!r}")
+        if not _is_coefficient(loss_penalty):
+            raise ValueError(f"loss_penalty must be a number of at least 0, got {loss_penalty!r}")
+        if not 0 < initialization_share < 1:
+            raise ValueError(f"initialization_share must be between 0 and 1, got {initialization_share!r}")
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without a slash at either end, got {prefix!r}")
         self.every_n_steps = every_n_steps
-        self.spectral = spectral
-        self.per_layer = per_layer
-        self.include = _patterns(include)
-        self.exclude = _patterns(exclude)
+        self.gradient = gradient
+        self.window_size = window_size
+        self.window_stride = window_stride
+        self.window_rest = window_rest
+        self.every_n_epochs = every_n_epochs
         self.prefix = prefix
+        self.settings = Settings(
+            spectral=spectral,
+            per_layer=per_layer,
+            penalty=Penalty(None if weight_decay == "auto" else float(weight_decay), float(loss_penalty)),
+            groups=groups or {},
+            include=_patterns(include),
+            exclude=_patterns(exclude),
+            share=initialization_share,
+        )
+        self._restored: Mapping[str, Any] | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._meters: dict[int, StepMeter] = {}
+        self._optimizers: dict[int, OptimizerMonitor] = {}
+        self._watchers: Watchers | None = None
         self._last_step: dict[int, int] = {}
         self._rows_done: dict[int, int] = {}
-        self._watched: dict[str, list[Any]] = {}
+        self._stepped: list[OptimizerMonitor] = []
         self._pending: dict[str, float] = {}
+        # Optimizers that were measured in this batch, and whether for a row.
+        self._measured: dict[int, bool] = {}
         self._failed = False
         self._logger_failed = False
+        self._said = False
+        self._loss_scale: float | None = None
+        self._started = self._spent = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second monitor with the same prefix: its rows would overwrite the first one's."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(c, LowRankMonitor) and c is not self and c.prefix == self.prefix for c in callbacks):
-            raise ValueError(
-                f"two LowRankMonitors log under the prefix {self.prefix!r}; give one of them another, such as"
-                f" LowRankMonitor(prefix={self.prefix + '_2'!r})"
-            )
+    @property
+    def state_key(self) -> str:
+        """Tells this monitor's state in a checkpoint from that of one with another prefix."""
+        return self._generate_state_key(prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cumulative decay, and where the norms began."""
+        return {str(index): monitor.state_dict() for index, monitor in self._optimizers.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up an earlier run's sums once training starts."""
+        self._restored = state_dict
+
+    def regimes(self) -> dict[str, LayerRegime]:
+        """What has been found about each weight matrix so far, by name: its regime with the evidence."""
+        found: dict[str, LayerRegime] = {}
+        for monitor in self._optimizers.values():
+            found |= monitor.regimes.regimes() if monitor.regimes else {}
+        return found
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide what this run can measure, and say before training what it can't."""
         self._reset()
-        try:
-            self._prepare(trainer, pl_module)
-        except Exception as error:
-            self._give_up(error)
+        self._started = time.perf_counter()
+        if self.gradient == "full" and (reason := full_refusal(trainer, pl_module)):
+            raise ValueError(f"LowRankMonitor(gradient='full') can't be used here: {reason}")
+        self._attempt(self._prepare, trainer, pl_module)
 
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        whole_epoch = step_sees_whole_epoch(trainer, pl_module)
-        for index, optimizer in enumerate(map(raw_optimizer, trainer.optimizers)):
-            decays = [decay_kind(optimizer, group) for group in optimizer.param_groups]
-            self._meters[index] = StepMeter(
-                whole_epoch=whole_epoch, spectral=self.spectral, per_layer=self.per_layer, decays=decays
+    def _prepare(self, trainer: Any, module: LightningModule) -> None:
+        optimizers = [o for o in map(raw_optimizer, trainer.optimizers) if isinstance(o, Optimizer)]
+        source = self._source(trainer, module)
+        for index, optimizer in enumerate(optimizers):
+            window = None
+            if source == "window":
+                window = GradientWindow(self.window_size, self.window_stride, self.window_rest)
+            monitor = OptimizerMonitor(optimizer, self.settings, source, gradient_epsilon(trainer), window)
+            self._optimizers[index] = monitor
+            monitor.announce()
+            if not has_lazy_parameters(module):
+                later = list(module.parameters()) if len(optimizers) == 1 and unfreezes_later(trainer) else []
+                monitor.name_layers(module, later)
+        self._restore(trainer)
+        self._watchers = Watchers(trainer, self.prefix)
+        self._watchers.prepare(self._keys("all"), self._keys("scalars"), layers_known=not has_lazy_parameters(module))
+        self._loss_scale = current_loss_scale(trainer)
+        for logger in filter(is_wandb_logger, trainer.loggers) if trainer.is_global_zero else ():
+            # Lightning defines the x-axis only where it started the W&B run itself.
+            logger.experiment.define_metric(f"{self.prefix}/*", step_metric="trainer/global_step")
+
+    def _source(self, trainer: Any, module: LightningModule) -> Source | None:
+        """Where the full-batch values of this run come from."""
+        whole = step_sees_whole_epoch(trainer, module)
+        if self.gradient in ("window", "full"):
+            return self.gradient
+        if self.gradient == "step" or whole or not module.automatic_optimization:
+            return "step" if whole else None
+        count = sum(
+            p.numel() for p in module.parameters() if p.requires_grad and not isinstance(p, UninitializedParameter)
+        )
+        if count > _LARGE_MODEL:
+            rank_zero_info(
+                f"LowRankMonitor: {count / 1e9:.1f} billion parameters, so no window of gradients is kept beside them,"
+                " and alignment and residual are the mini-batch's only; gradient='window' overrides that."
             )
-            self._announce(optimizer, decays)
-        names = parameter_names(pl_module).values()
-        if names and not any(map(self._is_measured, names)):
-            rank_zero_warn(
-                f"LowRankMonitor: include={self.include}, exclude={self.exclude} leave no parameter to measure"
-            )
-        if not has_lazy_parameters(pl_module):
-            self._name_layers(trainer, pl_module)
-        self._watched = monitored_keys(trainer, self.prefix)
-        self._warn_watchers(trainer)
-        if trainer.is_global_zero:
-            logger: Any
-            for logger in filter(is_wandb_logger, trainer.loggers):
-                # Lightning defines the x-axis only where it started the W&B run itself.
-                logger.experiment.define_metric(f"{self.prefix}/*", step_metric="trainer/global_step")
+            return None
+        return "window"
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Measure the gradient that the optimizer is about to use."""
         optimizer = raw_optimizer(optimizer)
-        index = next((i for i, o in enumerate(trainer.optimizers) if raw_optimizer(o) is optimizer), None)
+        for index, monitor in self._optimizers.items():
+            if monitor.optimizer is optimizer:
+                self._measure(trainer, pl_module, index, monitor)
+                self._attempt(monitor.clock.advance)
+                self._stepped.append(monitor)
+
+    def _measure(self, trainer: Any, module: LightningModule, index: int, monitor: OptimizerMonitor) -> None:
         step = batches_that_stepped(trainer)
         # LBFGS and other closures come here several times a step; the first is at the parameters of the step.
-        if index not in self._meters or self._last_step.get(index) == step:
+        if self._last_step.get(index) == step:
             return
-        interval = self._interval(trainer)
+        interval = self.every_n_steps or trainer.log_every_n_steps or _DEFAULT_INTERVAL
         first = index not in self._last_step
         if first:
             self._rows_done[index] = step // interval
         self._last_step[index] = step
         # A row is due once per interval, at the first step of this optimizer from then on: under manual optimization it
         # need not step in every batch.
-        row = bool(trainer.fast_dev_run) or (step + 1) // interval > self._rows_done[index]  # type: ignore[attr-defined]
-        fresh = first or bool(self._watched)
-        if not (row or fresh or (step + 1) % math.ceil(interval / _STEPS_PER_ROW) == 0):
+        row = bool(trainer.fast_dev_run) or (step + 1) // interval > self._rows_done[index]
+        in_full = row or first or bool(self._watchers)
+        drawn = self._attempt(monitor.window.due, trainer, module) if monitor.window else None
+        per_row = _STEPS_PER_ROW if monitor.window is None else _STEPS_PER_ROW_BESIDE_WINDOWS
+        regular = (step + 1) % math.ceil(interval / per_row) == 0
+        if not (in_full or regular or drawn is not None):
             return
-        spectra = row or first or (self._watches_spectra and about_to_check(trainer))
-        values = self._measure(trainer, pl_module, index, optimizer, spectra)
-        section = self._section(index)
+        watched = self._watchers is not None and self._watchers.spectra and about_to_check(trainer)
+        wanted = {"in_full": in_full, "spectra": row or first or watched, "drawn": drawn}
+        values = self._attempt(self._values, trainer, module, monitor, **wanted)
+        self._take(trainer, index, values or {}, row=row)
+        if in_full:
+            self._measured[index] = row
         if row:
             self._rows_done[index] = (step + 1) // interval
-            self._meters[index].start_row()
-            self._pending |= {f"{section}/{key}": values.get(key, math.nan) for key in self._meters[index].keys}
-        if row or fresh:
-            trainer.callback_metrics.update(
-                {f"{section}/{k}": torch.tensor(v) for k, v in values.items() if math.isfinite(v)}
-            )
+            monitor.start_row()
+
+    def _values(
+        self, trainer: Any, module: LightningModule, monitor: OptimizerMonitor, **wanted: Any
+    ) -> dict[str, float]:
+        strategy = sharding_strategy(trainer)
+        parameters = [p for group in monitor.optimizer.param_groups for p in group["params"]]
+        if (reason := strategy or refusal(module, parameters)) is not None:
+            raise RuntimeError(reason)
+        view = monitor.view(module, loss_scale(trainer, monitor.optimizer))
+        return monitor.step(view, whole=step_sees_whole_epoch(trainer, module), **wanted) if view else {}
+
+    def _take(self, trainer: Any, index: int, values: Mapping[str, float], *, row: bool) -> None:
+        """Put values into the row that is under way, and the finite ones where other callbacks find them."""
+        named = {f"{self._section(index)}/{key}": value for key, value in values.items()}
+        if row:
+            missing = {f"{self._section(index)}/{key}": math.nan for key in self._optimizers[index].keys.all}
+            self._pending = {**missing, **self._pending, **named}
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in named.items() if math.isfinite(v)})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Send the step's row to every logger."""
+        """Measure what the step has done, and send its row to every logger."""
+        self._attempt(self._take_back_overflow, trainer)
+        for index, row in self._measured.items():
+            self._take(trainer, index, self._attempt(self._optimizers[index].after_step, pl_module) or {}, row=row)
+        if not self._said and all(m.regimes and not m.regimes.searching for m in self._optimizers.values()):
+            self._attempt(self._say_regimes)
+        self._measured = {}
+        self._send(trainer, batches_that_stepped(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Under ``gradient="full"``, go over the training data once at fixed weights."""
+        if self.gradient != "full" or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        for index, monitor in self._optimizers.items():
+            values = self._attempt(measure_epoch, trainer, pl_module, monitor)
+            self._take(trainer, index, values or {}, row=True)
+        self._send(trainer, batches_that_stepped(trainer) - 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was found about the layers, if the run was too short to say it before."""
+        if not self._said:
+            self._attempt(self._say_regimes)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give callbacks that waited for a value back as they were."""
+        if self._watchers is not None:
+            self._watchers.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give callbacks that waited for a value back as they were."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _send(self, trainer: Any, step: int) -> None:
         if not self._pending:
             return
-        keys = [f"{self._section(index)}/{key}" for index, meter in self._meters.items() for key in meter.keys]
-        row = {key: self._pending.get(key, math.nan) for key in keys}
+        self._pending[f"{self.prefix}/overhead"] = self._spent / (time.perf_counter() - self._started)
+        row = {key: self._pending.get(key, math.nan) for key in self._keys("all")}
         self._pending = {}
         for logger in trainer.loggers:
             try:
-                logger.log_metrics(row, step=batches_that_stepped(trainer))
+                logger.log_metrics(row, step=step)
             except Exception as error:
                 if not self._logger_failed:
                     rank_zero_warn(f"LowRankMonitor: {type(logger).__name__} could not take a row: {error!r}")
                 self._logger_failed = True
 
-    @property
-    def _watches_spectra(self) -> bool:
-        return any(part in SPECTRAL_KEYS for key in self._watched for part in key.split("/"))
+    def _keys(self, which: Literal["all", "scalars"]) -> list[str]:
+        """The names of the run's values, as loggers see them."""
+        found = [
+            f"{self._section(i)}/{key}"
+            for i, monitor in self._optimizers.items()
+            for key in getattr(monitor.keys, which)
+        ]
+        return [*found, f"{self.prefix}/overhead"]
 
     def _section(self, index: int) -> str:
-        return self.prefix if len(self._meters) == 1 else f"{self.prefix}/optimizer_{index}"
+        return self.prefix if len(self._optimizers) == 1 else f"{self.prefix}/optimizer_{index}"
 
-    def _name_layers(self, trainer: Trainer, module: LightningModule) -> None:
-        """Fix which matrices have keys: all that an optimizer holds, and those that a finetuning callback may add."""
-        names = parameter_names(module)
-        later = list(module.parameters()) if len(self._meters) == 1 and unfreezes_later(trainer) else []
-        for index, meter in self._meters.items():
-            groups = raw_optimizer(trainer.optimizers[index]).param_groups
-            trained = [p for group in groups for p in group["params"] if p.requires_grad]
-            held = {id(p): p for p in (*trained, *later)}
-            layers = [name for key, name in names.items() if key in held and held[key].ndim >= 2]
-            meter.layers = [name for name in layers if self._is_measured(name)]
+    def _take_back_overflow(self, trainer: Any) -> None:
+        """A scaler that has lowered its factor has skipped the step."""
+        if self._loss_scale is not None:
+            before, self._loss_scale = self._loss_scale, current_loss_scale(trainer)
+            if self._loss_scale is not None and self._loss_scale < before:
+                for monitor in self._stepped:
+                    monitor.clock.take_back()
+        self._stepped = []
 
-    def _interval(self, trainer: Any) -> int:
-        interval: int = self.every_n_steps or trainer.log_every_n_steps or _DEFAULT_INTERVAL
-        return interval
+    def _restore(self, trainer: Any) -> None:
+        """Go on from the state in a checkpoint; without one, a resumed run's sums are not known."""
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            for index, monitor in self._optimizers.items():
+                if str(index) in restored:
+                    monitor.load_state_dict(restored[str(index)])
+        elif trainer.global_step > 0:
+            for monitor in self._optimizers.values():
+                monitor.clock.forget()
+            rank_zero_info(
+                "LowRankMonitor: the run was resumed from a checkpoint without the monitor's state, so cumulative_decay"
+                " and what follows from it are NaN."
+            )
 
-    def _measure(
-        self, trainer: Trainer, module: LightningModule, index: int, optimizer: Any, spectra: bool
-    ) -> dict[str, float]:
-        """The step's values; none where measuring fails, which it says once and then stops trying."""
+    def _say_regimes(self) -> None:
+        """Tell once which layers the theory speaks of."""
+        self._said = True
+        found = self.regimes()
+        if found:
+            lines = [f"  {name}: {regime}" for name, regime in found.items()]
+            rank_zero_info("LowRankMonitor: regimes of the layers\n" + "\n".join(lines))
+
+    def _attempt(self, action: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
+        """Do something and time it. A failure is said once, and nothing is done after it: it never ends the run."""
         if self._failed:
-            return {}
+            return None
+        start = time.perf_counter()
         try:
-            if self._meters[index].layers is None:
-                self._name_layers(trainer, module)
-            view = self._view(trainer, module, optimizer)
-            whole_epoch = step_sees_whole_epoch(trainer, module)
-            return self._meters[index].measure(view, whole_epoch=whole_epoch, spectra=spectra) if view else {}
+            return action(*args, **kwargs)
         except Exception as error:
-            self._give_up(error)
-            return {}
+            self._failed = True
+            rank_zero_warn(f"LowRankMonitor measures no more in this run: {error}")
+            return None
+        finally:
+            self._spent += time.perf_counter() - start
 
-    def _give_up(self, error: Exception) -> None:
-        """A monitor never ends a run that would have gone on."""
-        self._failed = True
-        rank_zero_warn(f"LowRankMonitor measures no more in this run: {error}")
 
-    def _view(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> list[Parameter]:
-        kind = sharding_strategy(trainer) or sharding(
-            module, (p for group in optimizer.param_groups for p in group["params"])
-        )
-        if kind is not None:
-            raise RuntimeError(
-                f"parameters are sharded over processes ({kind}), and a shard's sums are not the parameter's"
-            )
-        view = optimized_parameters(optimizer, parameter_names(module), loss_scale=loss_scale(trainer, optimizer))
-        return [p for p in view if self._is_measured(p.name)]
-
-    def _is_measured(self, name: str) -> bool:
-        included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
-        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
-
-    def _announce(self, optimizer: Any, decays: Sequence[Decay]) -> None:
-        name = type(optimizer).__name__
-        if Decay.DECOUPLED in decays:
-            rank_zero_info(
-                f"LowRankMonitor: {name} decays weights beside the gradient, not through it, so the stationary point of"
-                " the L2-regularised loss is not its target: alignment, residual and radial balance are left out for"
-                " the parameters that it decays."
-            )
-        if Decay.UNKNOWN in decays:
-            rank_zero_info(
-                f"LowRankMonitor: how {name} applies its weight decay is unknown, so alignment, residual and radial"
-                " balance are left out for the parameters that it decays."
-            )
-        if all(decay is Decay.NONE for decay in decays):
-            rank_zero_info(
-                f"LowRankMonitor: {name} has no weight decay, so alignment, residual and radial balance are NaN."
-            )
-
-    def _warn_watchers(self, trainer: Any) -> None:
-        """Say which callback waits for a key that this run will not have when the callback first looks."""
-        batches = min(trainer.num_training_batches, trainer.val_check_batch or math.inf)
-        steps = batches / trainer.accumulate_grad_batches
-        scalars = [f"{self._section(i)}/{key}" for i, meter in self._meters.items() for key in meter.scalar_keys]
-        available = [f"{self._section(i)}/{key}" for i, meter in self._meters.items() for key in meter.keys]
-        layers_known = all(meter.layers is not None for meter in self._meters.values())
-        for key, watchers in self._watched.items():
-            names = ", ".join(type(watcher).__name__ for watcher in watchers)
-            if key not in available and (layers_known or key.count("/") == scalars[0].count("/")):
-                rank_zero_warn(
-                    f"{names} monitors {key!r}, which this run does not measure{self._why_missing(key)}. It measures:"
-                    f" {', '.join(scalars)}, and values per layer."
-                )
-            elif key.rsplit("/", 1)[-1] in LATE_KEYS and steps < _STEPS_PER_ROW:
-                rank_zero_warn(
-                    f"{names} monitors {key!r}, which has its first value only after several measured steps, and looks"
-                    f" for it after {steps:g}. Pass strict=False to EarlyStopping, or let ModelCheckpoint begin later."
-                )
-
-    def _why_missing(self, key: str) -> str:
-        if not {"alignment", "residual"}.isdisjoint(key.split("/")):
-            return ": it exists only where one optimizer step sees the whole epoch and the weight decay is coupled"
-        return ""
+def _is_coefficient(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _patterns(value: str | list[str] | None) -> list[str]:

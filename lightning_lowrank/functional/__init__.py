@@ -1,6 +1,7 @@
 """Pure functions of tensors: no Lightning, no files, no state."""
 
 from lightning_lowrank.functional.overlap import leak
+from lightning_lowrank.functional.rescaling import Regime, RescalingGroups, homogeneity_defect
 from lightning_lowrank.functional.spectral import (
     SpectralNorm,
     effective_rank,
@@ -12,7 +13,6 @@ from lightning_lowrank.functional.spectral import (
 )
 from lightning_lowrank.functional.stationarity import (
     InnerProducts,
-    RescalingGroups,
     alignment,
     implied_weight_decay,
     norm_spread,
@@ -22,11 +22,13 @@ from lightning_lowrank.functional.stationarity import (
 
 __all__ = [
     "InnerProducts",
+    "Regime",
     "RescalingGroups",
     "SpectralNorm",
     "alignment",
     "effective_rank",
     "frobenius_norm",
+    "homogeneity_defect",
     "implied_weight_decay",
     "leak",
     "norm_spread",

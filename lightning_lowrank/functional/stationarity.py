@@ -12,7 +12,6 @@ those of the mini-batch, which are far from the full-batch ones; :func:`radial_b
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +20,6 @@ import torch
 from torch import Tensor
 
 from lightning_lowrank.functional._tensors import inner_products
-
-# Two products <W, G> of one rescaling group are equal in exact arithmetic. In float32 they differ by rounding in the
-# backward pass, seen at 1e-7 to 1e-5 of |W| |G|; unrelated layers differ by 1e-2 and more.
-_EQUAL_PRODUCTS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,18 @@ class InnerProducts:
             raise ValueError(f"got {len(weights)} weights and {len(decays)} weight decays; pass one, or one per weight")
         if any(decay < 0 for decay in decays):
             raise ValueError(f"weight decay must be at least 0, got {min(decays)}")
-        ww, wg, gg = inner_products(list(zip(weights, grads, strict=True))).unbind(1)
-        return cls(ww, wg, gg, torch.tensor(decays, dtype=torch.float64))
+        return cls.from_sums(inner_products(list(zip(weights, grads, strict=True))), decays)
+
+    @classmethod
+    def from_sums(cls, sums: Tensor, weight_decay: Sequence[float]) -> InnerProducts:
+        """The products as an object.
+
+        Args:
+            sums: <W, W>, <W, G> and <G, G> of each parameter, shape ``(K, 3)``.
+            weight_decay: One coefficient per parameter.
+        """
+        ww, wg, gg = sums.double().unbind(1)
+        return cls(ww, wg, gg, torch.tensor(weight_decay, dtype=torch.float64))
 
     def select(self, indices: Sequence[int]) -> InnerProducts:
         """The products of a subset of the parameters."""
@@ -92,6 +97,10 @@ class InnerProducts:
         squared = self.gg[decayed].sum() + 2 * (self.weight_decay * self.wg).sum() + decay_squared
         # Rounding can leave a difference of -1e-17 where the truth is 0.
         return _ratio(squared.clamp(min=0).sqrt(), decay_squared.sqrt())
+
+    def decay_norm(self) -> float:
+        """|wd * theta|."""
+        return math.sqrt((self.weight_decay.square() * self.ww).sum().item())
 
     def radial_balance(self) -> float:
         """-<theta, g> / <theta, wd * theta> over the decayed parameters."""
@@ -232,67 +241,6 @@ def norm_spread(norms: Sequence[float]) -> float:
     if len(norms) < 2 or not all(0 < norm < math.inf for norm in norms):
         return math.nan
     return max(norms) / min(norms)
-
-
-class RescalingGroups:
-    """Find which weights belong to one rescaling group, from their products <W, G> alone.
-
-    A factor can be moved between W_j and W_k without changing the loss exactly if <W_j, G_j> = <W_k, G_k> at every
-    point and on every batch (differentiate the loss along the rescaling; docs/theory.md). So weights whose products
-    agree on every measured step so far form a group, and one disagreement separates them for good. A product of 0 is no
-    evidence: scale-invariant weights, and weights that get no gradient, agree with everything of their kind.
-
-    Args:
-        rtol: Largest difference of two equal products, as a share of the larger |W| |G|.
-
-    Example:
-        >>> groups = RescalingGroups()
-        >>> for products in ([-0.5, -0.5, -0.1, 0.0], [-0.2, -0.2, -0.3, 0.0], [-0.3, -0.3, -0.3, 0.0]):
-        ...     groups.update(["a", "b", "c", "norm"], products, scales=[1.0, 1.0, 1.0, 1.0])
-        >>> groups.groups()
-        [['a', 'b']]
-    """
-
-    # A single step can agree by accident; that three do is out of the question at this tolerance.
-    _MIN_STEPS = 3
-
-    def __init__(self, rtol: float = _EQUAL_PRODUCTS) -> None:
-        self.rtol = rtol
-        self._group: dict[str, int] = {}
-        self._evidence: dict[str, int] = {}
-        self._fresh = itertools.count(1)
-
-    def update(self, names: Sequence[str], products: Sequence[float], scales: Sequence[float]) -> None:
-        """Take one step's evidence.
-
-        Args:
-            names: The weights' names.
-            products: <W, G> of each.
-            scales: |W| |G| of each. Steps with a non-finite value are passed over.
-        """
-        if not all(math.isfinite(value) for value in (*products, *scales)):
-            return
-        # Refine the partition: who was together and agrees again stays together.
-        refined: dict[tuple[int, int], int] = {}
-        cluster, last_product, last_scale = 0, -math.inf, 0.0
-        for product, scale, name in sorted(zip(products, scales, names, strict=True)):
-            if product - last_product > self.rtol * max(scale, last_scale):
-                cluster += 1
-            last_product, last_scale = product, scale
-            key = (self._group.get(name, 0), cluster)
-            if key not in refined:
-                refined[key] = next(self._fresh)
-            self._group[name] = refined[key]
-            if abs(product) > self.rtol * scale:
-                self._evidence[name] = self._evidence.get(name, 0) + 1
-
-    def groups(self) -> list[list[str]]:
-        """The groups of two or more weights for which there is enough evidence."""
-        members: dict[int, list[str]] = {}
-        for name, group in self._group.items():
-            if self._evidence.get(name, 0) >= self._MIN_STEPS:
-                members.setdefault(group, []).append(name)
-        return [sorted(names) for names in members.values() if len(names) > 1]
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 from torchmetrics import Metric
 
-from lightning_lowrank.parameters import strip_wrappers
+from lightning_lowrank.naming import strip_wrappers
 
 
 class MergeError(ValueError):

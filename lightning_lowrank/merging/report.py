@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lightning_lowrank._compat import as_list, is_wandb_logger
+from lightning_lowrank._json_report import read_report, write_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,18 +76,7 @@ class MergeReport:
         Raises:
             ValueError: If the name does not end in .json, or the folder does not exist.
         """
-        path = Path(path)
-        if path.suffix != ".json":
-            raise ValueError(f"a report is saved as .json, got {path.name!r}")
-        content = self.to_dict()
-        content["metrics"] = {key: value if math.isfinite(value) else None for key, value in self.metrics.items()}
-        text = json.dumps(content, indent=2, allow_nan=False)
-        if not path.parent.is_dir():
-            raise ValueError(f"there is no folder {str(path.parent)!r} to save a report in; make it first")
-        # A crash while writing must not leave half a report under the final name.
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        return temporary.replace(path)
+        return write_report(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> MergeReport:
@@ -96,10 +86,7 @@ class MergeReport:
             ValueError: If the file is no report, or of a newer schema.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content.pop("schema_version")
-            if version != SCHEMA_VERSION:
-                raise ValueError(f"{path} has schema version {version}; this version reads {SCHEMA_VERSION}")
+            content = read_report(path, SCHEMA_VERSION)
             content["metrics"] = {k: math.nan if v is None else float(v) for k, v in content["metrics"].items()}
             return cls(**content)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -60,7 +60,9 @@ def test_full_batch_keys_exist_only_where_a_step_sees_the_whole_epoch(loader, op
     if isinstance(loader(), list):
         own = module.training_step
         module.training_step = lambda batch, batch_idx: own(batch[0], batch_idx)
-    make_trainer(logger=logger, callbacks=[LowRankMonitor()], max_epochs=3, **options).fit(module, loader())
+    make_trainer(logger=logger, callbacks=[LowRankMonitor(gradient="step")], max_epochs=3, **options).fit(
+        module, loader()
+    )
     row = logger.ours()[-1][1]
     assert ("lowrank/alignment" in row) == ("lowrank/residual" in row) == whole
     assert ("lowrank/alignment/net.0.weight" in row) == whole
@@ -72,7 +74,7 @@ def test_accumulated_epoch_gives_the_full_batch_gradient():
     found = []
     for options, loader in (({"accumulate_grad_batches": 3}, make_loader()), ({}, full_batch())):
         logger = RowLogger()
-        make_trainer(logger=logger, callbacks=[LowRankMonitor()], max_epochs=1, **options).fit(
+        make_trainer(logger=logger, callbacks=[LowRankMonitor(gradient="step")], max_epochs=1, **options).fit(
             make_classifier(mlp()), loader
         )
         found.append(logger.ours()[0][1])

@@ -1,14 +1,10 @@
 """What goes wrong in a run never ends it and never becomes a wrong number."""
 
 import math
-import warnings
 
 import lightning.pytorch
 import pytest
 import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_lowrank import LowRankMonitor
 from tests.conftest import (
@@ -65,7 +61,7 @@ def test_a_failing_measurement_warns_once_and_leaves_nan(monkeypatch):
     assert len([w for w in caught if "measures no more" in str(w.message)]) == 1
     rows = [row for _, row in logger.ours()]
     assert len(rows) == 6
-    assert all(math.isnan(value) for row in rows[3:] for value in row.values())
+    assert all(math.isnan(value) for row in rows[3:] for key, value in row.items() if key != "lowrank/overhead")
     assert rows[5].keys() == rows[0].keys()
 
 
@@ -109,30 +105,3 @@ def test_a_failure_before_training_never_ends_the_run(monkeypatch):
         trainer.fit(make_classifier(mlp()), make_loader())
     assert trainer.global_step == 6
     assert len([w for w in caught if "measures no more" in str(w.message)]) == 1
-
-
-@pytest.fixture
-def process_group():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-def fsdp1(net):
-    return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
-
-
-def fsdp2(net):
-    return fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
-
-
-@pytest.mark.parametrize(("shard", "kind"), [(fsdp1, "FSDP"), (fsdp2, "DTensor")])
-def test_sharded_parameters_are_not_measured_as_if_they_were_whole(shard, kind, process_group):
-    module = make_classifier(mlp())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module.net = shard(module.net)
-    logger = RowLogger()
-    with pytest.warns(UserWarning, match=rf"measures no more in this run: parameters are sharded .*\({kind}\)"):
-        make_trainer(logger=logger, callbacks=[LowRankMonitor()]).fit(module, make_loader())
-    assert all(math.isnan(value) for _, row in logger.ours() for value in row.values())

@@ -191,7 +191,9 @@ def test_checkpoints_by_steps_see_the_step_s_own_value(key, tmp_path):
 )
 def test_watched_layer_keys_are_known_before_training(key, warned):
     deep = mlp((6, *[4] * 40, 3))
-    trainer = make_trainer(callbacks=[LowRankMonitor(), EarlyStopping(key, strict=False, patience=99)], max_epochs=1)
+    trainer = make_trainer(
+        callbacks=[LowRankMonitor(gradient="step"), EarlyStopping(key, strict=False, patience=99)], max_epochs=1
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(make_classifier(deep), make_loader())

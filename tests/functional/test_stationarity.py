@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from lightning_lowrank.functional import (
     InnerProducts,
-    RescalingGroups,
     alignment,
     implied_weight_decay,
     norm_spread,
@@ -124,73 +123,3 @@ def test_norm_spread():
     assert math.isnan(norm_spread([1.0]))
     assert math.isnan(norm_spread([1.0, 0.0]))
     assert math.isnan(norm_spread([1.0, math.nan]))
-
-
-def groups_of(net, inputs, steps=4, classes=3):
-    """What RescalingGroups finds for a network from a few random batches."""
-    found = RescalingGroups()
-    names = [name for name, p in net.named_parameters() if p.ndim > 1]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        net.zero_grad()
-        x = torch.randn(inputs, generator=generator)
-        y = torch.randint(classes, (inputs[0],), generator=generator)
-        torch.nn.functional.cross_entropy(net(x), y).backward()
-        products = InnerProducts.of(
-            [net.get_parameter(n) for n in names], [net.get_parameter(n).grad for n in names], 0.0
-        )
-        found.update(names, products.wg.tolist(), (products.ww * products.gg).sqrt().tolist())
-    return found.groups()
-
-
-class Residual(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        linear = torch.nn.Linear
-        self.first, self.up, self.down, self.last = (
-            linear(a, b, bias=False) for a, b in ((6, 16), (16, 12), (12, 16), (16, 3))
-        )
-
-    def forward(self, x):
-        h = self.first(x).relu()
-        return self.last((h + self.down(self.up(h).relu())).relu())
-
-
-def test_rescaling_groups_of_a_chain_are_the_whole_chain():
-    torch.manual_seed(0)
-    linear = torch.nn.Linear
-    net = torch.nn.Sequential(
-        linear(6, 16, bias=False),
-        torch.nn.ReLU(),
-        linear(16, 12, bias=False),
-        torch.nn.ReLU(),
-        linear(12, 3, bias=False),
-    )
-    assert groups_of(net, (8, 6)) == [["0.weight", "2.weight", "4.weight"]]
-
-
-def test_rescaling_groups_keep_a_residual_branch_and_its_trunk_apart():
-    torch.manual_seed(0)
-    # The branch scales by a / a; the trunk's `first` feeds both paths, so it pairs with `last` only.
-    assert sorted(groups_of(Residual(), (8, 6))) == [["down.weight", "up.weight"], ["first.weight", "last.weight"]]
-
-
-def test_scale_invariant_layers_are_in_no_group():
-    torch.manual_seed(0)
-    norm, linear = torch.nn.BatchNorm1d, torch.nn.Linear
-    net = torch.nn.Sequential(linear(6, 16, bias=False), norm(16), linear(16, 12, bias=False), norm(12), linear(12, 3))
-    assert groups_of(net, (32, 6)) == []
-
-
-def test_products_that_cross_zero_do_not_split_a_group():
-    groups = RescalingGroups()
-    for product in (0.5, 1e-9, 0.3, 0.2):
-        groups.update(["a", "b"], [product, product * (1 + 1e-6)], scales=[1.0, 1e-3])
-    assert groups.groups() == [["a", "b"]]
-
-
-def test_non_finite_steps_are_no_evidence():
-    groups = RescalingGroups()
-    for product in (0.5, math.nan, math.inf, 0.3, 0.2):
-        groups.update(["a", "b"], [product, product if product < 1 else 7.0], scales=[1.0, 1.0])
-    assert groups.groups() == [["a", "b"]]

@@ -1,0 +1,132 @@
+"""Measure what the products of all weights and gradients cost, next to what a step costs anyway.
+
+    python benchmarks/step_cost.py
+
+Every contender runs once per round, in turn, so that whatever else the machine does meets all of them; the table has
+the medians over the rounds. Writes benchmarks/results/step_cost.json and .md.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from torch import nn
+from torchvision.models import ResNet, resnet18
+
+from lightning_lowrank.functional._tensors import accumulate_products, inner_products
+
+RESULTS = Path(__file__).parent / "results"
+
+Contenders = dict[str, Callable[[], object]]
+
+
+class Block(nn.Module):
+    """The parameters of one of GPT-2's blocks; only their shapes matter here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "GPT-2 blocks": lambda: nn.Sequential(*(Block(768) for _ in range(12))),
+    "ResNet-18": resnet18,
+}
+
+
+def contenders(model: nn.Module) -> Contenders:
+    """What is timed, by name: one line each. Gradients are there, and stay."""
+    weights = list(model.parameters())
+    grads = [torch.randn_like(weight) * 1e-3 for weight in weights]
+    sums = [torch.zeros_like(weight) for weight in weights]
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = grad
+    # A step too small to move the weights, so that every round sees the same ones.
+    optimizer = torch.optim.SGD(weights, lr=1e-12, weight_decay=1e-4)
+    pairs = list(zip(weights, grads, strict=True))
+    every: Contenders = {
+        "products": lambda: inner_products(pairs, exact=False),
+        "products, exact": lambda: inner_products(pairs),
+        "accumulate": lambda: accumulate_products(weights, grads, sums, 0.5),
+        "SGD.step": optimizer.step,
+        "sum()": lambda: sum(weight.detach().sum() for weight in weights) + sum(grad.sum() for grad in grads),
+    }
+    if isinstance(model, ResNet):
+        every["training step"] = training_step(resnet18(num_classes=10))
+    return every
+
+
+def training_step(model: nn.Module, batch: int = 64, pixels: int = 32) -> Callable[[], object]:
+    """Forward, backward and SGD on one batch of small images."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    inputs, targets = torch.randn(batch, 3, pixels, pixels), torch.randint(10, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def medians(every: Contenders, rounds: int) -> dict[str, float]:
+    """Median time of each contender in milliseconds, over interleaved rounds."""
+    times: dict[str, list[float]] = {name: [] for name in every}
+    for name in list(every) * (rounds + 1):
+        start = time.perf_counter()
+        every[name]()
+        times[name].append((time.perf_counter() - start) * 1e3)
+    # The first round allocates and wakes threads.
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The times of all models, and each contender's share of the step, the sum and the training step."""
+    lines = ["| model | contender | ms | / SGD.step | / sum() | / training step |", "|---|---|---|---|---|---|"]
+    for model, times in results.items():
+        for name, value in times.items():
+            shares = [
+                f"{value / times[unit]:.2f}" if unit in times else "" for unit in ("SGD.step", "sum()", "training step")
+            ]
+            lines.append(f"| {model} | {name} | {value:.2f} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def main(rounds: int = 21, threads: int = 2) -> None:
+    """Time all contenders on all models.
+
+    Args:
+        rounds: Interleaved rounds per model.
+        threads: Threads torch may use.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    results = {name: medians(contenders(make()), rounds) for name, make in MODELS.items()}
+    setting = {"cpu": cpu_name(), "threads": threads, "torch": torch.__version__, "rounds": rounds}
+    title = ", ".join(f"{key}: {value}" for key, value in setting.items())
+    text = f"{title}\n\n{table(results)}\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "step_cost.md").write_text(text)
+    (RESULTS / "step_cost.json").write_text(json.dumps({**setting, "milliseconds": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

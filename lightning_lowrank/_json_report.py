@@ -1,0 +1,51 @@
+"""Reports as JSON files: written whole or not at all, NaN as null, with a schema version."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def write_report(path: str | Path, content: dict[str, Any]) -> Path:
+    """Write a report's dict as JSON; numbers that are not finite become null.
+
+    Raises:
+        ValueError: If the name does not end in .json, or the folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"a report is saved as .json, got {path.name!r}")
+    text = json.dumps(_nulled(content), indent=2, allow_nan=False)
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} to save a report in; make it first")
+    # A crash while writing must not leave half a report under the final name.
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    return temporary.replace(path)
+
+
+def read_report(path: str | Path, version: int) -> dict[str, Any]:
+    """Read what :func:`write_report` wrote, without its schema version; null stays None.
+
+    Raises:
+        ValueError: If the file is of another schema, or no JSON.
+        KeyError: If it has no schema version.
+        TypeError: If it holds no object.
+    """
+    content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise TypeError(f"holds a {type(content).__name__}, not an object")
+    found = content.pop("schema_version")
+    if found != version:
+        raise ValueError(f"{path} has schema version {found}; this version reads {version}")
+    return content
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulled(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
