@@ -66,6 +66,23 @@ class StepMeter:
         pull = products.select(self.comparable(view)).decay_norm()
         return math.sqrt(squared.sum().item()) / pull if pull > 0 and squared.isfinite().all() else math.nan
 
+    def glance_only(self, view: Sequence[Parameter]) -> None:
+        """Take a step into the means over steps with just the products that those need, which is cheaper."""
+        if any(p.in_loss for p in view):
+            self.glance(view, self.products(view))
+            return
+        chosen = set(self.comparable(view))
+        some = [p for index, p in enumerate(view) if index in chosen]
+        excluded = self.regimes.excluded()
+        invariant = [p for p in view if p.name in excluded and p.is_matrix and p.decay is Decay.COUPLED]
+        radial = inner_products([(p.value, p.grad) for p in some], exact=False, only=("ww", "wg"))
+        squares = inner_products([(p.value, p.grad) for p in invariant], exact=False, only=("ww", "gg"))
+        rows = torch.full((len(some) + len(invariant), 3), math.nan, dtype=torch.float64)
+        rows[: len(some), :2] = radial
+        rows[len(some) :, 0], rows[len(some) :, 2] = squares.unbind(1)
+        both = [*some, *invariant]
+        self.glance(both, data_products(both, reduce_sums(rows, [p.shard for p in both])))
+
     def glance(self, view: Sequence[Parameter], products: InnerProducts) -> None:
         """Take a step into the means over steps, and nothing more."""
         comparable = self.comparable(view)

@@ -153,10 +153,13 @@ class OptimizerMonitor:
             products = self.window.add(view, drawn)
             completed = self._window_values(view, products)
             self._completed |= completed
-        else:
+            if not in_full and not self._meter.regimes.searching:
+                self._meter.glance(view, products)
+                return completed
+        elif in_full or self._meter.regimes.searching:
             products = self._meter.products(view)
-        if not in_full and not self._meter.regimes.searching:
-            self._meter.glance(view, products)
+        else:
+            self._meter.glance_only(view)
             return completed
         values = self._meter.measure(
             view, products, whole_epoch=whole, spectra=spectra and in_full, tau=self.clock.tau()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+# Which inner product: of W and W, W and G, G and G, or of a sum of gradients S and G.
+Product = Literal["ww", "wg", "gg", "sg"]
 
 # Elements summed in the working precision before the sum moves on to float64. Two float32 chunks stay in a CPU's caches
 # while all products read them, and a thread's part of such a sum is right to 7e-7 (3e-6 at four times the length, where
@@ -54,7 +58,9 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def inner_products(pairs: Sequence[tuple[Tensor, Tensor]], *, exact: bool = True) -> Tensor:
+def inner_products(
+    pairs: Sequence[tuple[Tensor, Tensor]], *, exact: bool = True, only: Sequence[Product] = ("ww", "wg", "gg")
+) -> Tensor:
     """<W, W>, <W, G> and <G, G> of every pair.
 
     Args:
@@ -63,16 +69,17 @@ def inner_products(pairs: Sequence[tuple[Tensor, Tensor]], *, exact: bool = True
             and the chunks' sums in float64, which saves the conversion: right to 1e-6 of |W| |G|, but for entries of
             few digits, whose rounding errors agree in sign (4e-6 for bfloat16's, 5e-5 for a constant's). A small
             residual is lost in such products; :func:`squared_residuals` finds it.
+        only: Which products; fewer cost less.
 
     Returns:
-        A CPU tensor of shape ``(len(pairs), 3)``, float64, in the order of the pairs; one host synchronisation per
-        device.
+        A CPU tensor of shape ``(len(pairs), len(only))``, float64, in the order of the pairs; one host synchronisation
+        per device.
 
     Example:
         >>> inner_products([(torch.tensor([3.0, 4.0]), torch.tensor([1.0, -1.0]))])
         tensor([[25., -1.,  2.]], dtype=torch.float64)
     """
-    return _one_pass(pairs, 3, exact=exact)
+    return _one_pass(pairs, tuple(only), exact=exact)
 
 
 def accumulate_products(
@@ -117,7 +124,7 @@ def accumulate_products(
                 f"sum {index} of shape {tuple(total.shape)} has gaps or is sparse, so it can't be updated in place;"
                 " make it with torch.zeros_like(weight)"
             )
-    return _one_pass(rows, 4, scale=scale)
+    return _one_pass(rows, ("ww", "wg", "gg", "sg"), scale=scale)
 
 
 def squared_residuals(
@@ -156,11 +163,13 @@ def squared_residuals(
     return squared
 
 
-def _one_pass(rows: Sequence[tuple[Tensor, ...]], columns: int, *, scale: float = 0.0, exact: bool = False) -> Tensor:
+def _one_pass(
+    rows: Sequence[tuple[Tensor, ...]], columns: tuple[Product, ...], *, scale: float = 0.0, exact: bool = False
+) -> Tensor:
     by_device: dict[torch.device, list[int]] = {}
     for index, row in enumerate(rows):
         by_device.setdefault(row[0].device, []).append(index)
-    out = torch.zeros(len(rows), columns, dtype=torch.float64)
+    out = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     # Thousands of short calls: without autograd's bookkeeping they take a twentieth less.
     with torch.inference_mode():
         for indices in by_device.values():
@@ -170,7 +179,7 @@ def _one_pass(rows: Sequence[tuple[Tensor, ...]], columns: int, *, scale: float 
 
 
 def _device_products(
-    rows: Sequence[tuple[Tensor, ...]], indices: Sequence[int], columns: int, scale: float, exact: bool
+    rows: Sequence[tuple[Tensor, ...]], indices: Sequence[int], columns: tuple[Product, ...], scale: float, exact: bool
 ) -> tuple[list[int], Tensor]:
     """Products to be summed, shape ``(n, columns)``, still on their device, and the row each belongs to."""
     owners: list[int] = []
@@ -181,28 +190,38 @@ def _device_products(
         if flat[0].numel() <= _SMALL:
             small.setdefault(flat[0].numel(), []).append((index, flat))
             continue
-        for products in _chunk_products(flat, scale, exact):
+        for products in _chunk_products(flat, columns, scale, exact):
             owners.append(index)
             parts += products
-    blocks = [torch.stack(parts).to(wide_dtype(parts[0])).view(-1, columns)] if parts else []
+    blocks = [torch.stack(parts).to(wide_dtype(parts[0])).view(-1, len(columns))] if parts else []
     for group in small.values():
         owners += [index for index, _ in group]
-        blocks.append(_stacked_products([flat for _, flat in group], scale))
+        blocks.append(_stacked_products([flat for _, flat in group], columns, scale))
     return owners, torch.cat(blocks)
 
 
-def _chunk_products(flat: Sequence[Tensor], scale: float, exact: bool) -> Iterator[list[Tensor]]:
+def _chunk_products(
+    flat: Sequence[Tensor], columns: tuple[Product, ...], scale: float, exact: bool
+) -> Iterator[list[Tensor]]:
     """The products of each chunk, while its entries are in cache; the sum, if there is one, moves on behind them."""
     dtype = wide_dtype(flat[0]) if exact else _working_dtype(flat[:2])
     for w, g, *sums in _chunks(flat, dtype):
         w, wide = _cast(w, dtype), _cast(g, dtype)
+        found: dict[Product, Tensor] = {}
         # The mixed product first: it fetches both streams from memory at once.
-        wg = w.dot(wide)
-        products = [w.dot(w), wg, wide.dot(wide)]
-        for total in sums:
-            products.append(_cast(total, dtype).dot(wide))
-            total.add_(g, alpha=scale)
-        yield products
+        for name in sorted(columns, key=lambda name: name != "wg"):
+            if name == "sg":
+                found[name] = _moved(sums[0], g, wide, scale)
+            else:
+                found[name] = (wide if name == "gg" else w).dot(w if name == "ww" else wide)
+        yield [found[name] for name in columns]
+
+
+def _moved(total: Tensor, grad: Tensor, wide: Tensor, scale: float) -> Tensor:
+    """<S, G>, and then S += scale * G."""
+    product = _cast(total, wide.dtype).dot(wide)
+    total.add_(grad, alpha=scale)
+    return product
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,16 +229,16 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _stacked_products(group: Sequence[Sequence[Tensor]], scale: float) -> Tensor:
-    """The products of many small tensors of one size, in float64; shape ``(len(group), columns)``."""
+def _stacked_products(group: Sequence[Sequence[Tensor]], columns: tuple[Product, ...], scale: float) -> Tensor:
+    """The products of many small tensors of one size, in float64; shape ``(len(group), len(columns))``."""
     vectors = torch.stack([vector for flat in group for vector in flat]).to(wide_dtype(group[0][0]))
-    vectors = vectors.view(len(group), len(group[0]), -1)
-    for _, grad, *sums in group:
-        for total in sums:
+    w, g, *sums = vectors.view(len(group), len(group[0]), -1).unbind(1)
+    factors = {"ww": (w, w), "wg": (w, g), "gg": (g, g), "sg": (sums[0] if sums else g, g)}
+    products = torch.stack([(a * b).sum(-1) for a, b in (factors[name] for name in columns)], 1)
+    for _, grad, *totals in group:
+        for total in totals:
             total.add_(grad, alpha=scale)
-    w, g = vectors[:, :1], vectors[:, 1:2]
-    # <W, W> and <W, G>, then <G, G> and <S, G>.
-    return torch.cat([(w * vectors[:, :2]).sum(-1), (g * vectors[:, 1:]).sum(-1)], dim=1)
+    return products
 
 
 def _squared_distance(weight: Tensor, grad: Tensor, decay: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Two real processes: the gradient that is measured is the one averaged over ranks."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tests.conftest import RowLogger, make_classifier, make_data, make_trainer, mlp
 
 logger = RowLogger()
-trainer = make_trainer(strategy="ddp", devices=2, logger=logger, callbacks=[LowRankMonitor()])
+monitor = LowRankMonitor(gradient=sys.argv[3], window_size=6)
+trainer = make_trainer(strategy="ddp", devices=2, logger=logger, callbacks=[monitor])
 module = make_classifier(mlp())
 sampler = DistributedSampler(make_data(), 2, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
 trainer.fit(module, DataLoader(make_data(), batch_size=int(sys.argv[2]), sampler=sampler))
@@ -30,10 +32,10 @@ with open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w") as file:
 """
 
 
-def run_ddp(folder, batch_size):
+def run_ddp(folder, batch_size, gradient):
     (folder / "script.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
-    command = [sys.executable, str(folder / "script.py"), str(folder), str(batch_size)]
+    command = [sys.executable, str(folder / "script.py"), str(folder), str(batch_size), gradient]
     done = subprocess.run(
         command, env=_environment(root), capture_output=True, text=True, cwd=folder, timeout=300, check=False
     )
@@ -47,19 +49,22 @@ def _environment(root):
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("batch_size", "whole"), [(4, False), (12, True)])
-def test_two_ranks_measure_what_one_process_would_on_both_batches(tmp_path, batch_size, whole):
-    first, second = run_ddp(tmp_path, batch_size)
+@pytest.mark.parametrize(("batch_size", "gradient"), [(4, "step"), (12, "step"), (4, "window"), (4, "full")])
+def test_two_ranks_measure_what_one_process_would_on_both_batches(tmp_path, batch_size, gradient):
+    first, second = run_ddp(tmp_path, batch_size, gradient)
     for row in (*(row for rank in (first, second) for _, row in rank["rows"]), first["metrics"], second["metrics"]):
         row.pop("lowrank/overhead", None)  # each rank's own time
     assert str(first["rows"]) == str(second["rows"])
     assert first["metrics"] == second["metrics"]
     assert first["weight"] == second["weight"]
     logger = RowLogger()
-    make_trainer(logger=logger, callbacks=[LowRankMonitor()]).fit(
-        make_classifier(mlp()), make_loader(batch_size=2 * batch_size)
+    monitor = LowRankMonitor(gradient=gradient, window_size=6)
+    make_trainer(logger=logger, callbacks=[monitor]).fit(make_classifier(mlp()), make_loader(batch_size=2 * batch_size))
+    found = [row.get("lowrank/alignment", math.nan) for _, row in first["rows"]]
+    assert (
+        sum(map(math.isfinite, found))
+        == {(4, "step"): 0, (12, "step"): 2, (4, "window"): 0, (4, "full"): 2}[batch_size, gradient]
     )
-    assert ("lowrank/alignment" in first["rows"][0][1]) is whole
     for (step, row), (expected_step, expected) in zip(first["rows"], logger.ours(), strict=True):
         assert step == expected_step
         # The ranks take turns in drawing samples, so together they hold the same ones.

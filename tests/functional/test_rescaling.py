@@ -54,7 +54,7 @@ def test_rescaling_groups_of_a_chain_are_the_whole_chain():
 def test_rescaling_groups_keep_a_residual_branch_and_its_trunk_apart():
     torch.manual_seed(0)
     # The branch scales by a / a; the trunk's `first` feeds both paths, so it pairs with `last` only.
-    assert sorted(groups_of(Residual(), (8, 6))) == [["down.weight", "up.weight"], ["first.weight", "last.weight"]]
+    assert sorted(groups_of(Residual(), (8, 6))) == [["first.weight", "last.weight"], ["up.weight", "down.weight"]]
 
 
 def test_scale_invariant_layers_are_in_no_group():
