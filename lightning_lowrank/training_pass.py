@@ -28,6 +28,7 @@ from lightning_lowrank._compat import (
     takes,
 )
 from lightning_lowrank.fetching import Batches, check_loader, seed_generators
+from lightning_lowrank.functional._tensors import real_view
 from lightning_lowrank.preserve import FixedParameters, Snapshot, preserved
 
 # Two gradients of one batch that differ by less come from the same random numbers, or from none: summation order on a
@@ -278,7 +279,7 @@ def _agree(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool
 
 
 def _norm(gradient: Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(real_view(gradient), dtype=torch.float64))
 
 
 def _named(module: nn.Module, more: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:

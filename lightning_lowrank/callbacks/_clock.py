@@ -59,7 +59,8 @@ class DecayClock:
     def steps_left(self, share: float) -> float:
         """Steps until the share of the initialisation that is left has fallen to ``share``, at the present rate."""
         rate = self.rate()
-        return max(0.0, (math.log(1 / share) - self.tau()) / rate) if rate > 0 else math.nan
+        steps = (math.log(1 / share) - self.tau()) / rate if rate > 0 else math.nan
+        return steps if math.isnan(steps) else max(0.0, steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far."""

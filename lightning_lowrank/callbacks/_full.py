@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ def refusal(trainer: Any, module: LightningModule) -> str | None:
     """Why no pass over this run's training data can be taken; None if it can."""
     loaders = train_dataloaders(trainer)
     if len(loaders) != 1:
-        return f"it goes over one training dataloader, and this run has {len(loaders)}; use gradient='window'"
+        return f"it goes over one training dataloader, and this run has {len(loaders)}; use gradient='step'"
+    if any(group.get("maximize") for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        return "the optimizer has maximize=True, so the loss that it follows is not the one that is passed over"
     try:
         check_module(module)
         check_loader(loaders[0])
@@ -40,7 +43,8 @@ def measure_epoch(trainer: Any, module: LightningModule, monitor: OptimizerMonit
     trained = [p for group in monitor.optimizer.param_groups for p in group["params"] if p.requires_grad]
     measured = [p for p in trained if any(monitor.settings.measures(s.name) for s in layout.get(id(p), ()))]
     [loader] = train_dataloaders(trainer)
-    limit = int(trainer.num_training_batches)
+    batches: float = trainer.num_training_batches
+    limit = int(batches) if math.isfinite(batches) else None
     population = pass_population(loader, trainer.world_size, limit)
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     with Progress(disable=not shown, transient=True) as bar:
@@ -57,9 +61,6 @@ def measure_epoch(trainer: Any, module: LightningModule, monitor: OptimizerMonit
     gradients = {id(p): g for p, g in zip(measured, sums.gradients(), strict=True)}
     gradients_used = [bool(g.any()) for g in sums.gradients()]
     view = optimized_parameters(monitor.optimizer, layout, penalty=monitor.settings.penalty, gradients=gradients)
-    sign = torch.tensor([p.factor for p in view], dtype=torch.float64)
-    if (sign < 0).any():
-        raise RuntimeError("gradient='full' does not know optimizers with maximize=True; use gradient='window'")
     found = sums.estimate(
         torch.tensor([p.weight_decay if p.decay is Decay.COUPLED else 0.0 for p in view], dtype=torch.float64),
         torch.tensor([p.in_loss for p in view], dtype=torch.float64),

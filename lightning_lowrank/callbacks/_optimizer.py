@@ -89,6 +89,12 @@ class OptimizerMonitor:
         )
 
     @property
+    def is_decayed(self) -> bool:
+        """Whether some weights are pulled to an L2-stationary point at present."""
+        groups = self.optimizer.param_groups
+        return any(self.settings.penalty.decay(self.optimizer, group) is Decay.COUPLED for group in groups)
+
+    @property
     def regimes(self) -> RegimeTracker | None:
         """What is known about the layers; None before the first step of a lazy module."""
         return self._meter.regimes if self._meter else None
@@ -110,6 +116,9 @@ class OptimizerMonitor:
                 f"LowRankMonitor: include={list(self.settings.include)}, exclude={list(self.settings.exclude)} leave no"
                 " parameter to measure"
             )
+        for group, patterns in self.settings.groups.items():
+            if not any(fnmatchcase(name, pattern) for name in shapes for pattern in patterns):
+                rank_zero_warn(f"LowRankMonitor: no parameter matches the patterns {list(patterns)} of group {group!r}")
         self.keys.layers = [name for name, shape in shapes.items() if len(shape) >= 2]
         ends = layer_ends(module)
         ends += ends_by_name(set(shapes) - {name for end in ends for name, _, _ in end.parts})
@@ -170,9 +179,6 @@ class OptimizerMonitor:
         values["cumulative_decay"] = self.clock.tau()
         values["steps_to_stationarity"] = self.clock.steps_left(self.settings.share)
         if self.keys.decoupled:
-            if "linf" in self.keys.bounds:
-                linf = [p for p in view if p.decay is Decay.DECOUPLED]
-                values["linf_decay"] = self._meter.linf_decay(linf) if linf else math.nan
             self._record = StepRecord(self.optimizer)
         return values
 
@@ -215,7 +221,11 @@ class OptimizerMonitor:
         for key, direction in directions.items():
             for shard in self._shards.get(key, ()):
                 by_id[shard.name] = shard.local(direction)
-        return self._meter.after_step(view, by_id)
+        values = self._meter.after_step(view, by_id)
+        bounded = [p for p in view if p.decay is Decay.DECOUPLED]
+        if "linf" in self.keys.bounds and bounded:
+            values["linf_decay"] = self._meter.linf_decay(bounded)
+        return values
 
     def start_row(self) -> None:
         """Begin the means over steps anew."""

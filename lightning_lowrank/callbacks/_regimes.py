@@ -42,7 +42,7 @@ class LayerRegime:
             return f"scale-invariant: <W, G> is {self.product_size:.1e} of chance level over {self.steps} steps"
         if self.regime is Regime.OTHER:
             return f"other: its <W, G> equals no other layer's over {self.steps} steps"
-        return f"undecided after {self.steps} steps"
+        return f"undecided after {self.steps} steps with a gradient"
 
 
 class RegimeTracker:
@@ -98,6 +98,9 @@ class RegimeTracker:
         whole = {p.name: p for p in view if p.is_whole}
         sums = self._products.of(products, names, whole)
         scales = (sums[:, 0] * sums[:, 2]).sqrt()
+        if not products.isfinite().all():
+            # An overflow, or weights that are lost: no evidence.
+            return dict.fromkeys(("norm_spread", "homogeneity_defect", "norm_gap", "norm_gap_predicted"), math.nan)
         defect = self._defect(sums[:, 1], scales, dict(zip(names, products, strict=True)))
         self._found.update(sums[:, 1], scales)
         self.steps += 1

@@ -15,7 +15,7 @@ from lightning_lowrank.callbacks._meter import data_products
 from lightning_lowrank.full_gradient import FullGradient
 from lightning_lowrank.functional import InnerProducts
 from lightning_lowrank.functional._tensors import accumulate_products
-from lightning_lowrank.functional.mean_gradient import MeanGradient
+from lightning_lowrank.functional.mean_gradient import MOST_MOVED, MOST_STDERR, MeanGradient
 from lightning_lowrank.parameters import Parameter
 from lightning_lowrank.sampling import Draws, Sampling, Step
 from lightning_lowrank.sharding import reduce_sums
@@ -43,6 +43,7 @@ class GradientWindow:
     def __init__(self, size: int | None = None, stride: int = 1, rest: int | None = None) -> None:
         self._chosen = size, stride, rest
         self._resting = 0
+        self._said = False
         self._sampling: Sampling | None = None
         self._epoch = -1
         self._restart()
@@ -95,9 +96,16 @@ class GradientWindow:
         self._aligned = whole and self.size % sampling.steps == 0
         if not sampling.is_known and self._sampling is None:
             rank_zero_info(
-                f"LowRankMonitor: how the training batches are drawn is {sampling.draws.value}, and so is how much of a"
-                " window's gradient is noise: alignment and residual are NaN. gradient='full' and measure_stationarity"
-                " need no such knowledge."
+                "LowRankMonitor: it can't be known how this run draws its training batches (manual optimization,"
+                " several dataloaders, an IterableDataset, or a sampler or batch sampler of its own), and so not how"
+                " much of a window's gradient is noise: alignment and residual are NaN."
+                " measure_stationarity(module, dataloader) needs no such knowledge."
+            )
+        elif self._sampling is None:
+            between = f", with {self.rest} steps between two of them" if self.rest else ""
+            rank_zero_info(
+                f"LowRankMonitor: alignment and residual come from windows of {self.size} steps{between}; the first has"
+                f" its value after {self.size} steps in which the weights hardly move."
             )
         self._sampling = sampling
 
@@ -128,10 +136,22 @@ class GradientWindow:
             if look:
                 self._moved = max(self._moved, table[:, 4].sum().sqrt().item())
                 if self._moved > _FAR * products.ww.sum().sqrt():
+                    self._say(
+                        f"the weights moved by more than {_FAR:g} of their norm within {self._done} steps, which is too"
+                        " far for a window of gradients, so it starts again"
+                    )
                     self._restart()
         else:
             self._restart()
         return products
+
+    def _say(self, reason: str) -> None:
+        if not self._said:
+            rank_zero_info(
+                f"LowRankMonitor: {reason}. Smaller learning rates or a shorter window_size help; gradient='full' does"
+                " not depend on it. This is said once."
+            )
+        self._said = True
 
     def _take(self, view: Sequence[Parameter], products: InnerProducts, sg: Tensor, step: Step) -> None:
         """Feed the estimator with the products of the data's gradient; weights hardly move within a window."""
@@ -180,6 +200,16 @@ class GradientWindow:
         size = math.sqrt(max(0.0, found.gradient_squared[0].item()))
         moved = self._moved / size if size > 0 else math.inf
         trusted = found.trusted(moved)
+        if moved > MOST_MOVED:
+            self._say(
+                f"the weights moved by {moved:.2g} |G| within a window of {self.size} steps, and more than"
+                f" {MOST_MOVED:g} |G| is too far, so alignment and residual are NaN"
+            )
+        elif trusted.alignment[0].isnan():
+            self._say(
+                f"{self.size} gradients are too noisy for an estimate of |G| (standard error of the alignment"
+                f" {found.alignment_stderr[0].item():.2g}, at most {MOST_STDERR:g}), so alignment and residual are NaN"
+            )
         self._restart()
         self._resting = self.rest
         alignment, *of_parameters = trusted.alignment.tolist()
@@ -187,11 +217,16 @@ class GradientWindow:
             alignment=alignment,
             residual=trusted.residual[0].item(),
             radial_balance=found.radial_balance[0].item(),
-            alignment_stderr=found.alignment_stderr[0].item(),
-            residual_stderr=found.residual_stderr[0].item(),
+            alignment_stderr=_where_known(found.alignment_stderr, trusted.alignment),
+            residual_stderr=_where_known(found.residual_stderr, trusted.residual),
             radial_balance_stderr=found.radial_balance_stderr[0].item(),
             of_parameters=of_parameters,
         )
+
+
+def _where_known(error: Tensor, value: Tensor) -> float:
+    """The standard error of a value that is given; NaN where that is NaN."""
+    return float("nan") if value[0].isnan() else error[0].item()
 
 
 def _watched(value: Tensor, spacing: int) -> Tensor:

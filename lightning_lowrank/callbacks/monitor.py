@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
@@ -157,6 +158,8 @@ class LowRankMonitor(Callback):
             share=initialization_share,
         )
         self._restored: Mapping[str, Any] | None = None
+        # The Trainer of the last fit, where it ended, and the state: another fit of the same goes on from there.
+        self._fitted: tuple[weakref.ref[Any], int, dict[str, Any]] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -164,11 +167,12 @@ class LowRankMonitor(Callback):
         self._watchers: Watchers | None = None
         self._last_step: dict[int, int] = {}
         self._rows_done: dict[int, int] = {}
-        self._stepped: list[OptimizerMonitor] = []
+        self._stepped: OptimizerMonitor | None = None
         self._pending: dict[str, float] = {}
         # Optimizers that were measured in this batch, and whether for a row.
         self._measured: dict[int, bool] = {}
         self._failed = False
+        self._passes_failed = False
         self._logger_failed = False
         self._said = False
         self._loss_scale: float | None = None
@@ -186,6 +190,10 @@ class LowRankMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up an earlier run's sums once training starts."""
         self._restored = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reference to the last Trainer, which can't be pickled."""
+        return {**vars(self), "_fitted": None}
 
     def regimes(self) -> dict[str, LayerRegime]:
         """What has been found about each weight matrix so far, by name: its regime with the evidence."""
@@ -246,9 +254,10 @@ class LowRankMonitor(Callback):
         optimizer = raw_optimizer(optimizer)
         for index, monitor in self._optimizers.items():
             if monitor.optimizer is optimizer:
+                self._attempt(self._settle, trainer)
                 self._measure(trainer, pl_module, index, monitor)
                 self._attempt(monitor.clock.advance)
-                self._stepped.append(monitor)
+                self._stepped = monitor
 
     def _measure(self, trainer: Any, module: LightningModule, index: int, monitor: OptimizerMonitor) -> None:
         step = batches_that_stepped(trainer)
@@ -262,7 +271,11 @@ class LowRankMonitor(Callback):
         self._last_step[index] = step
         # A row is due once per interval, at the first step of this optimizer from then on: under manual optimization it
         # need not step in every batch.
-        row = bool(trainer.fast_dev_run) or (step + 1) // interval > self._rows_done[index]
+        row = (
+            bool(trainer.fast_dev_run)
+            or (step + 1) // interval > self._rows_done[index]
+            or (trainer.is_last_batch and self._passes(trainer))
+        )
         in_full = row or first or bool(self._watchers)
         drawn = self._attempt(monitor.window.due, trainer, module) if monitor.window else None
         per_row = _STEPS_PER_ROW if monitor.window is None else _STEPS_PER_ROW_BESIDE_WINDOWS
@@ -272,6 +285,8 @@ class LowRankMonitor(Callback):
         watched = self._watchers is not None and self._watchers.spectra and about_to_check(trainer)
         wanted = {"in_full": in_full, "spectra": row or first or watched, "drawn": drawn}
         values = self._attempt(self._values, trainer, module, monitor, **wanted)
+        if values is None and not self._failed:
+            return  # no parameter has a gradient: a row that is due comes with the next step
         self._take(trainer, index, values or {}, row=row)
         if in_full:
             self._measured[index] = row
@@ -281,13 +296,13 @@ class LowRankMonitor(Callback):
 
     def _values(
         self, trainer: Any, module: LightningModule, monitor: OptimizerMonitor, **wanted: Any
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | None:
         strategy = sharding_strategy(trainer)
         parameters = [p for group in monitor.optimizer.param_groups for p in group["params"]]
         if (reason := strategy or refusal(module, parameters)) is not None:
             raise RuntimeError(reason)
         view = monitor.view(module, loss_scale(trainer, monitor.optimizer))
-        return monitor.step(view, whole=step_sees_whole_epoch(trainer, module), **wanted) if view else {}
+        return monitor.step(view, whole=step_sees_whole_epoch(trainer, module), **wanted) if view else None
 
     def _take(self, trainer: Any, index: int, values: Mapping[str, float], *, row: bool) -> None:
         """Put values into the row that is under way, and the finite ones where other callbacks find them."""
@@ -301,27 +316,40 @@ class LowRankMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure what the step has done, and send its row to every logger."""
-        self._attempt(self._take_back_overflow, trainer)
+        self._attempt(self._settle, trainer)
         for index, row in self._measured.items():
             self._take(trainer, index, self._attempt(self._optimizers[index].after_step, pl_module) or {}, row=row)
         if not self._said and all(m.regimes and not m.regimes.searching for m in self._optimizers.values()):
             self._attempt(self._say_regimes)
         self._measured = {}
-        self._send(trainer, batches_that_stepped(trainer))
+        if not (trainer.is_last_batch and self._passes(trainer)):
+            self._send(trainer, batches_that_stepped(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Under ``gradient="full"``, go over the training data once at fixed weights."""
-        if self.gradient != "full" or (trainer.current_epoch + 1) % self.every_n_epochs:
+        if not self._passes(trainer):
             return
         for index, monitor in self._optimizers.items():
-            values = self._attempt(measure_epoch, trainer, pl_module, monitor)
-            self._take(trainer, index, values or {}, row=True)
+            start = time.perf_counter()
+            try:
+                self._take(trainer, index, measure_epoch(trainer, pl_module, monitor), row=True)
+            except Exception as error:
+                self._passes_failed = True
+                rank_zero_warn(f"LowRankMonitor takes no more passes over the training data in this run: {error!r}")
+            self._spent += time.perf_counter() - start
         self._send(trainer, batches_that_stepped(trainer) - 1)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _passes(self, trainer: Any) -> bool:
+        """Whether a pass is taken at the end of this epoch."""
+        decayed = any(monitor.is_decayed for monitor in self._optimizers.values())
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return self.gradient == "full" and due and decayed and not (self._failed or self._passes_failed)
+
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Say what was found about the layers, if the run was too short to say it before."""
         if not self._said:
             self._attempt(self._say_regimes)
+        self._fitted = weakref.ref(trainer), trainer.global_step, self.state_dict()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give callbacks that waited for a value back as they were."""
@@ -358,18 +386,21 @@ class LowRankMonitor(Callback):
     def _section(self, index: int) -> str:
         return self.prefix if len(self._optimizers) == 1 else f"{self.prefix}/optimizer_{index}"
 
-    def _take_back_overflow(self, trainer: Any) -> None:
-        """A scaler that has lowered its factor has skipped the step."""
+    def _settle(self, trainer: Any) -> None:
+        """Whether the last step was taken after all: a scaler that has lowered its factor has skipped it."""
         if self._loss_scale is not None:
             before, self._loss_scale = self._loss_scale, current_loss_scale(trainer)
-            if self._loss_scale is not None and self._loss_scale < before:
-                for monitor in self._stepped:
-                    monitor.clock.take_back()
-        self._stepped = []
+            if self._stepped is not None and self._loss_scale is not None and self._loss_scale < before:
+                self._stepped.clock.take_back()
+        self._stepped = None
 
     def _restore(self, trainer: Any) -> None:
         """Go on from the state in a checkpoint; without one, a resumed run's sums are not known."""
         restored, self._restored = self._restored, None
+        if restored is None and self._fitted is not None:
+            of_trainer, step, state = self._fitted
+            same = of_trainer() is trainer
+            restored = state if same and step == trainer.global_step else None
         if restored is not None:
             for index, monitor in self._optimizers.items():
                 if str(index) in restored:

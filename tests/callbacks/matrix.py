@@ -321,7 +321,7 @@ class Oracle:
             u = {name: ((1 - seen.lr * wd[name]) * w[name] - seen.after[name]) / seen.lr for name in w}
             now = stationarity(seen.after, u, wd, list(w))
             values |= {"update_alignment": now["alignment"], "update_residual": now["residual"]}
-            values["linf_decay"] = max(wd[name] * np.abs(w[name]).max() for name in w)
+            values["linf_decay"] = max(wd[name] * np.abs(seen.after[name]).max() for name in w)
         products = {name: (w[name] * g[name]).sum() for name in matrices}
         norms = {name: np.linalg.norm(w[name]) for name in matrices}
         top = {name: np.linalg.svd(w[name].reshape(len(w[name]), -1), compute_uv=False)[0] for name in matrices}

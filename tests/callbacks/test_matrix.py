@@ -1,5 +1,6 @@
 """Every logged value against a recomputation that shares no code with the package, and the run against one without."""
 
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -61,28 +62,29 @@ def test_every_value_agrees_with_an_independent_recomputation(name, mode):
     _, _, logger, recorder = run(name, mode)
     oracle = Oracle(setup, recorder)
     per_epoch = len([s for s in recorder.steps if s.epoch == 0])
-    rows = [(step, row) for step, row in logger.ours() if not math.isnan(row["lowrank/implied_weight_decay"])]
-    assert [step for step, _ in rows] == list(range(INTERVAL - 1, len(recorder.steps), INTERVAL))
-    assert len({tuple(row) for _, row in logger.ours()}) == 1
-    checked = 0
+    rows = logger.ours()
+    ends = [s.step for s, t in itertools.pairwise([*recorder.steps, None]) if t is None or t.epoch != s.epoch]
+    passes = ends if mode == "full" and setup.decay == "coupled" else []
+    due = list(range(INTERVAL - 1, len(recorder.steps), INTERVAL))
+    assert [step for step, _ in rows] == sorted({*due, *passes})
+    assert len({tuple(row) for _, row in rows}) == 1
+    checked, before = 0, -1
     for step, row in rows:
         expected = oracle.row(
-            any("alignment_minibatch/" in key for key in row), step, list(range(step - INTERVAL + 1, step + 1))
+            any("alignment_minibatch/" in key for key in row), step, list(range(before + 1, step + 1))
         )
         if step < 3:
             expected = {key: value for key, value in expected.items() if not key.startswith("norm_")}
+        before = step
         compare(row, expected, setup.rtol, step)
-        if setup.groups:
+        if setup.groups and step >= 3:
             assert row["lowrank/homogeneity_defect"] <= (1e-6 if setup.rtol == 1e-4 else 1e-2) or name == "bfloat16"
         if mode == "window" and setup.decay == "coupled":
             checked += check_window(oracle, row, step, per_epoch, setup)
     if mode == "window" and setup.decay == "coupled":
         assert checked >= (2 if len(recorder.steps) > 2 * WINDOW else 1)
-    if mode == "full" and setup.decay != "decoupled":
-        of_passes = [row for _, row in logger.ours() if math.isnan(row["lowrank/implied_weight_decay"])]
-        assert len(of_passes) >= EPOCHS
-        for epoch, row in enumerate(of_passes):
-            compare(row, oracle.full(epoch), setup.rtol, epoch)
+    for epoch, step in enumerate(passes):
+        compare(dict(rows)[step], oracle.full(epoch), setup.rtol, epoch)
 
 
 def check_window(oracle, row, step, per_epoch, setup):
@@ -96,9 +98,8 @@ def check_window(oracle, row, step, per_epoch, setup):
         return 2  # a cut window weighs its samples unequally: see test_a_window_over_cut_accumulation
     expected = oracle.window(ends[-1], per_epoch)
     finite = {key: value for key, value in expected.items() if math.isfinite(row[f"lowrank/{key}"])}
-    # What is not given has too large an error; nothing that is given may be off.
-    if math.isnan(row["lowrank/alignment"]):
-        assert row["lowrank/alignment_stderr"] > 0.04
+    # What is not given is too uncertain; nothing that is given may be off.
+    assert math.isnan(row["lowrank/alignment"]) == math.isnan(row["lowrank/alignment_stderr"])
     compare(row, finite, max(setup.rtol, 1e-3), step)
     return "alignment" in finite
 

@@ -230,3 +230,114 @@ def test_a_resumed_run_has_its_rows_at_the_same_steps(tmp_path):
     )
     later = [(step, row["lowrank/stable_rank"]) for step, row in whole.ours() if step >= 6]
     assert [(step, row["lowrank/stable_rank"]) for step, row in resumed.ours()] == later
+
+
+def test_another_fit_of_the_same_trainer_goes_on():
+    logger = RowLogger()
+    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor()])
+    module = make_classifier(mlp())
+    trainer.fit(module, make_loader())
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, make_loader())
+    taus = [row["lowrank/cumulative_decay"] for _, row in logger.ours()]
+    assert taus == pytest.approx([0.01 * step for step in range(12)])
+
+
+def test_a_run_that_resumes_without_the_monitor_s_state_does_not_know_its_decay(tmp_path):
+    first = make_trainer()
+    first.fit(make_classifier(mlp()), make_loader())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    logger = RowLogger()
+    make_trainer(logger=logger, callbacks=[LowRankMonitor()], max_epochs=4).fit(
+        make_classifier(mlp()), make_loader(), ckpt_path=tmp_path / "half.ckpt"
+    )
+    for _, row in logger.ours():
+        for key in ("cumulative_decay", "steps_to_stationarity", "norm_gap_predicted"):
+            assert math.isnan(row[f"lowrank/{key}"]), key
+
+
+def test_steps_skipped_for_overflow_do_not_count_as_decay():
+    class Skipped(lightning.pytorch.Callback):
+        """Steps that were really taken: the weights have moved."""
+
+        def __init__(self):
+            self.taken, self.before = 0, None
+
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            self.before = pl_module.net[0].weight.detach().clone()
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.taken += not torch.equal(self.before, pl_module.net[0].weight)
+
+    skipped, monitor, logger = Skipped(), LowRankMonitor(), RowLogger()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    plugin = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    make_trainer(logger=logger, callbacks=[skipped, monitor], plugins=[plugin], max_epochs=20).fit(
+        make_classifier(mlp()), make_loader()
+    )
+    assert 10 < skipped.taken < 50
+    assert monitor._optimizers[0].clock.tau() == pytest.approx(0.01 * skipped.taken)
+    # The search for groups has not been used up by steps without a finite gradient.
+    assert math.isfinite(logger.ours()[-1][1]["lowrank/norm_spread"])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Of a length that nobody knows."""
+
+    def __iter__(self):
+        return iter([(x, y) for x, y in make_loader(batch_size=1).dataset])
+
+
+def test_a_pass_over_a_stream_of_unknown_length():
+    logger = RowLogger()
+    make_trainer(logger=logger, callbacks=[LowRankMonitor(gradient="full")]).fit(
+        make_classifier(mlp()), torch.utils.data.DataLoader(Stream(), batch_size=8)
+    )
+    assert len([row for _, row in logger.ours() if math.isfinite(row["lowrank/alignment"])]) == 2
+
+
+def test_a_pass_that_fails_stops_passes_and_nothing_else():
+    module = make_classifier(mlp())
+    own, seen = module.training_step, set()
+
+    def once(batch, batch_idx):
+        if (module.current_epoch, batch_idx) in seen:
+            raise RuntimeError("a second pass")
+        seen.add((module.current_epoch, batch_idx))
+        return own(batch, batch_idx)
+
+    module.training_step = once
+    logger = RowLogger()
+    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor(gradient="full")], max_epochs=3)
+    with pytest.warns(UserWarning, match=r"takes no more passes .*a second pass"):
+        trainer.fit(module, make_loader())
+    assert all(math.isfinite(row["lowrank/stable_rank"]) for _, row in logger.ours())
+    assert all(math.isnan(row["lowrank/alignment"]) for _, row in logger.ours())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (Manual([lambda batch: True]), make_loader()), "optimizes manually"),
+        (lambda: (make_classifier(mlp()), [make_loader(), make_loader()]), "this run has 2"),
+        (
+            lambda: (
+                make_classifier(mlp(), optimizer=lambda p: torch.optim.SGD(p, weight_decay=0.1, maximize=True)),
+                make_loader(),
+            ),
+            "maximize=True",
+        ),
+    ],
+)
+def test_runs_that_no_pass_can_go_over_are_refused_before_training(make, message):
+    module, loaders = make()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(callbacks=[LowRankMonitor(gradient="full")]).fit(module, loaders)
+
+
+def test_windows_say_once_why_they_have_no_value(caplog):
+    fast = make_classifier(mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0, weight_decay=0.1))
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(callbacks=[LowRankMonitor(window_size=3)], max_epochs=10).fit(fast, make_loader(shuffle=True))
+    assert "windows of 3 steps" in caplog.text
+    assert caplog.text.count("the weights moved by") == 1
