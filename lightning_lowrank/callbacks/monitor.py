@@ -211,7 +211,9 @@ class LowRankMonitor(Callback):
         self._attempt(self._prepare, trainer, pl_module)
 
     def _prepare(self, trainer: Any, module: LightningModule) -> None:
-        optimizers = [o for o in map(raw_optimizer, trainer.optimizers) if isinstance(o, Optimizer)]
+        # A module without optimizers has a stand-in without parameters.
+        raw = map(raw_optimizer, trainer.optimizers)
+        optimizers = [o for o in raw if isinstance(o, Optimizer) and any(group["params"] for group in o.param_groups)]
         source = self._source(trainer, module)
         for index, optimizer in enumerate(optimizers):
             window = None
