@@ -27,7 +27,10 @@ class Regime(enum.Enum):
 # All tolerances are in the unit |W| |G| / sqrt(size): the inner product that two unrelated vectors of that size have.
 # It is also how rounding scales: in this unit, products that are equal in exact arithmetic differ by about 8 epsilon of
 # the arithmetic (measured 1e-6 in float32, .01 to .05 in bfloat16; deeper networks add up a little more).
+# Near a stationary point the samples' gradients cancel, and rounding is larger by as much as they do: in float32 no
+# group of a converged network may be lost for that. Layers that do not belong together differ by .01 to 1 and more.
 _EPSILONS = 32.0
+_SMALLEST_TOLERANCE = 1e-3
 # A normalisation's own epsilon leaves <W, G> a little off zero: measured up to 5e-4, and with bfloat16's rounding .015,
 # two of its epsilons. Layers that are not invariant have .3 and more in the root mean square, nearly invariant ones (a
 # gain before a residual block whose GELUs are all but linear) .01.
@@ -110,7 +113,7 @@ class RescalingGroups:
 
     @property
     def _tolerance(self) -> float:
-        return _EPSILONS * self.epsilon
+        return max(_SMALLEST_TOLERANCE, _EPSILONS * self.epsilon)
 
     def _separate(self, products: Tensor, scales: Tensor) -> None:
         """Refine the partition: who was together and agrees again stays together."""
