@@ -102,9 +102,14 @@ def about_to_check(trainer: Any) -> bool:
 
 
 def sharding_strategy(trainer: Trainer) -> str | None:
-    """The name of the run's strategy if it shards parameters or gradients over processes."""
+    """Why this run's strategy can't be measured; None if it can.
+
+    ``FSDPStrategy`` wraps the module from outside, where the layout of its parameters is not to be seen from within.
+    """
     name = type(trainer.strategy).__name__
-    return name if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy") else None
+    if name not in ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"):
+        return None
+    return f"{name} shards parameters in a way that is not measured; ModelParallelStrategy and DDP are"
 
 
 def unfreezes_later(trainer: Any) -> bool:

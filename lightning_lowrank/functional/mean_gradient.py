@@ -114,6 +114,7 @@ class _Draws:
 
     @classmethod
     def of(cls, sizes: Sequence[float], epochs: Sequence[int], population: float) -> _Draws:
+        """From the batches in the order in which they came."""
         totals: dict[int, float] = {}
         before_in_epoch, spread_before = [], []
         spread = 0.0
