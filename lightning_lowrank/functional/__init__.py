@@ -3,13 +3,20 @@
 from lightning_lowrank.functional.overlap import leak
 from lightning_lowrank.functional.rescaling import Regime, RescalingGroups, homogeneity_defect
 from lightning_lowrank.functional.spectral import (
+    Bounded,
     SpectralNorm,
-    effective_rank,
     frobenius_norm,
-    singular_values,
     spectral_norm,
+    spectral_norms,
     spectral_ratio,
     stable_rank,
+)
+from lightning_lowrank.functional.spectrum import (
+    circular_convolution_norm,
+    effective_rank,
+    energy_outside,
+    numerical_rank,
+    singular_values,
 )
 from lightning_lowrank.functional.stationarity import (
     InnerProducts,
@@ -21,21 +28,26 @@ from lightning_lowrank.functional.stationarity import (
 )
 
 __all__ = [
+    "Bounded",
     "InnerProducts",
     "Regime",
     "RescalingGroups",
     "SpectralNorm",
     "alignment",
+    "circular_convolution_norm",
     "effective_rank",
+    "energy_outside",
     "frobenius_norm",
     "homogeneity_defect",
     "implied_weight_decay",
     "leak",
     "norm_spread",
+    "numerical_rank",
     "radial_balance",
     "residual",
     "singular_values",
     "spectral_norm",
+    "spectral_norms",
     "spectral_ratio",
     "stable_rank",
 ]

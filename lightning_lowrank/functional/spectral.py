@@ -1,36 +1,50 @@
-"""Spectra of weight matrices: spectral norm, stable rank, effective rank.
+"""The spectral norm of a matrix with its bounds, and what follows from it: stable rank, spectral ratio.
 
 Every function takes a weight of two or more dimensions; a convolution's kernel is unfolded to ``(out, in * kernel
-area)``. Half-precision weights are computed in float32 or float64, never in half. A non-finite entry gives NaN.
+area)``. Half-precision weights are computed in float32 or float64, never in half. A non-finite entry gives NaN, with a
+warning.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_lowrank.functional._certificate import Bound, gram, is_bound, lower_bound, wide, with_rounding
+from lightning_lowrank.functional._krylov import Dense, Top, top_triplet
 from lightning_lowrank.functional._tensors import as_matrix, real_view, wide_dtype
 
-# Up to this smaller side a full float64 SVD costs milliseconds (tenths of a second beside a side of 20,000).
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Up to this smaller side the eigenvalues of the Gram matrix take a millisecond.
 _EXACT_SIDE = 128
-# Krylov steps between two looks at the residual: each look is a host synchronisation.
-_STEPS_PER_CHECK = 8
-# The start vector has its own generator: measuring must not touch the global random state.
-_START_SEED = 0x10B4
+# Accuracy below which float32 products would be the limit.
+_FINE = 1e-5
+# What is added to an exact value before it is proved to be a bound: far above rounding, far below any use.
+_SLACK = 1e-9
+# Of the tolerance, what a proof may use up; the rest is left to rounding.
+_TRIED = 0.99
+# Traces of a Gram matrix whose entries lose nothing in float64.
+_SAFE = (1e-200, 1e200)
 
 
 class SpectralNorm(NamedTuple):
     """The largest singular value of a matrix.
 
     Attributes:
-        value: The estimate.
-        lower: A lower bound, to rounding: the norm of ``W v`` for the unit vector ``v``.
-        upper: An upper bound: the value itself where the full SVD was computed, else the Frobenius norm.
-        certified: Whether ``lower`` and ``upper`` agree to rounding.
-        vector: The right singular vector, shape ``(in,)``.
+        value: The estimate, |W v|.
+        lower: A lower bound: |W v| less what rounding can have added.
+        upper: An upper bound: proved where ``certified``, else |W|_F, which is known cheaply.
+        certified: Whether ``upper`` is at most ``lower * (1 + rtol)``, which proves the value.
+        vector: The right singular vector v, shape ``(columns,)``; what to pass as ``start`` the next time.
     """
 
     value: float
@@ -40,110 +54,156 @@ class SpectralNorm(NamedTuple):
     vector: Tensor
 
 
-def spectral_norm(weight: Tensor, rtol: float = 1e-3) -> SpectralNorm:
+class Bounded(float):
+    """A number that knows its bounds; in arithmetic it is the plain number.
+
+    Attributes:
+        lower: What it is at least.
+        upper: What it is at most.
+
+    Example:
+        >>> rank = Bounded(3.0, lower=2.9, upper=3.1)
+        >>> rank + 1, rank.lower, rank.upper
+        (4.0, 2.9, 3.1)
+    """
+
+    lower: float
+    upper: float
+
+    def __new__(cls, value: float, lower: float, upper: float) -> Bounded:
+        """A float with two more attributes."""
+        self = super().__new__(cls, value)
+        self.lower, self.upper = lower, upper
+        return self
+
+    def __getnewargs__(self) -> tuple[float, float, float]:  # type: ignore[override]
+        """For copies and pickles."""
+        return float(self), self.lower, self.upper
+
+
+def spectral_norm(
+    weight: Tensor, rtol: float = 1e-3, start: Tensor | None = None, certify: bool = False
+) -> SpectralNorm:
     """|W|_2, the largest singular value.
 
-    The full SVD in float64 where the smaller side is at most 128, else Golub-Kahan-Lanczos bidiagonalisation with full
-    reorthogonalisation (Golub and Kahan, 1965), started at a random vector. It stops when the residual
-    |W^T u - sigma v| is at most ``rtol * sigma``, so a singular value lies within ``rtol`` of the estimate; that it is
-    the largest one is certain only up to the (negligible) chance that the start vector misses its direction, which is
-    why ``upper`` is then no better than the Frobenius norm.
+    Where the smaller side is at most 128 the value is exact (eigenvalues of the float64 Gram matrix) and certified.
+    Larger matrices are iterated (Golub-Kahan-Lanczos) until the residual meets ``rtol`` and, from a cold start, the
+    chance of having overlooked something larger than that is at most 2 % (Hochstenbach, 2013); the module ``_krylov``
+    has the details. ``lower`` holds in any case.
 
     Args:
         weight: Shape ``(out, in, ...)``.
-        rtol: Residual at which the iteration stops, relative to the estimate.
+        rtol: Relative accuracy.
+        start: The vector of an earlier measurement, shape ``(columns,)``. It makes a measurement several times faster;
+            a fresh random vector joins it, since the old one may be blind to what is new.
+        certify: Prove the upper bound: a Cholesky factorisation of s^2 I - W^H W in float64 with s = (1 + rtol) lower,
+            its rounding accounted for (Rump, BIT 46, 2006). If it fails, all eigenvalues are computed. Takes the time
+            of a float64 product W^H W and room for its result.
 
     Raises:
-        ValueError: If the weight has fewer than two dimensions or ``rtol`` is not positive.
+        ValueError: If the weight has fewer than two dimensions, ``rtol`` is not positive, or ``start`` does not fit.
 
     Example:
         >>> import torch
         >>> norm = spectral_norm(torch.diag(torch.tensor([3.0, 1.0])))
-        >>> norm.value, norm.certified
+        >>> round(norm.value, 6), norm.certified
         (3.0, True)
     """
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}")
     matrix = as_matrix(weight)
+    if start is not None and start.shape != matrix.shape[1:]:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)}, but a vector of a {matrix.shape[0]} x {matrix.shape[1]} matrix has"
+            f" {matrix.shape[1]} entries; pass the `vector` of an earlier measurement of it"
+        )
     if matrix.numel() == 0:
-        return SpectralNorm(0.0, 0.0, 0.0, True, torch.zeros(matrix.shape[1]))
-    if not torch.isfinite(matrix).all():
-        return SpectralNorm(math.nan, math.nan, math.nan, False, torch.full((matrix.shape[1],), math.nan))
-    if min(matrix.shape) <= _EXACT_SIDE:
-        _, sigma, vh = torch.linalg.svd(_wide(matrix), full_matrices=False)
-        value = sigma[0].item()
-        return SpectralNorm(value, value, value, True, vh[0].conj())
-    return _lanczos(matrix, rtol)
+        return SpectralNorm(0.0, 0.0, 0.0, True, matrix.new_zeros(matrix.shape[1]))
+    if start is not None and not 0 < torch.linalg.vector_norm(start).item() < math.inf:
+        start = None
+    found = _measure(matrix, rtol, start, certify)
+    return found if found is not None else _rescaled(matrix, rtol, start, certify)
 
 
-def singular_values(weight: Tensor) -> Tensor:
-    """All singular values, descending, from a float64 SVD.
+def spectral_norms(
+    weights: Sequence[Tensor], rtol: float = 1e-3, starts: Sequence[Tensor | None] | None = None
+) -> list[SpectralNorm]:
+    """:func:`spectral_norm` of many matrices.
+
+    On a CPU as many at a time as torch has threads: a product with one vector keeps only one of them busy, and a matrix
+    that is finished before the next one is begun stays in cache, which stacked matrices of equal shape do not.
 
     Args:
-        weight: Shape ``(out, in, ...)``.
-
-    Returns:
-        A float64 CPU tensor of shape ``(min(out, in),)``; all NaN if the weight has a non-finite entry.
-
-    Raises:
-        ValueError: If the weight has fewer than two dimensions.
+        weights: K weights.
+        rtol: Relative accuracy.
+        starts: K vectors of earlier measurements, or None.
 
     Example:
         >>> import torch
-        >>> singular_values(torch.diag(torch.tensor([1.0, 3.0]))).tolist()
-        [3.0, 1.0]
+        >>> [round(norm.value, 6) for norm in spectral_norms([torch.eye(2), 2 * torch.eye(3)])]
+        [1.0, 2.0]
     """
-    matrix = as_matrix(weight)
-    if not torch.isfinite(matrix).all():
-        return torch.full((min(matrix.shape),), math.nan, dtype=torch.float64)
-    sigma: Tensor = torch.linalg.svdvals(_wide(matrix))
-    return sigma.cpu()
+    starts = starts or [None] * len(weights)
+    return in_threads(lambda pair: spectral_norm(pair[0], rtol, pair[1]), list(zip(weights, starts, strict=True)))
 
 
-def stable_rank(weight: Tensor, rtol: float = 1e-3) -> float:
+def stable_rank(weight: Tensor, rtol: float = 1e-3, start: Tensor | None = None, certify: bool = False) -> Bounded:
     """Stable rank |W|_F^2 / |W|_2^2: at least 1, at most the rank.
 
     Args:
         weight: Shape ``(out, in, ...)``.
-        rtol: Accuracy of the spectral norm, see :func:`spectral_norm`.
+        rtol: Accuracy of the spectral norm, see :func:`spectral_norm`; twice that of the stable rank.
+        start: As for :func:`spectral_norm`.
+        certify: As for :func:`spectral_norm`.
 
     Returns:
-        NaN for a zero or non-finite matrix.
+        A float with ``lower`` and ``upper``; NaN for a zero or non-finite matrix.
 
     Raises:
-        ValueError: If the weight has fewer than two dimensions.
+        ValueError: As :func:`spectral_norm`.
 
     Example:
         >>> import torch
-        >>> stable_rank(torch.eye(4))
+        >>> round(stable_rank(torch.eye(4)), 6)
         4.0
         >>> round(stable_rank(torch.ones(3, 5)), 6)
         1.0
     """
-    ratio = spectral_ratio(weight, rtol)
-    return 1 / ratio**2 if ratio > 0 else math.nan
+    ratio = spectral_ratio(weight, rtol, start, certify)
+    if not ratio > 0:
+        return Bounded(math.nan, math.nan, math.nan)
+    return Bounded(1 / ratio**2, 1 / ratio.upper**2, 1 / ratio.lower**2 if ratio.lower > 0 else math.inf)
 
 
-def spectral_ratio(weight: Tensor, rtol: float = 1e-3) -> float:
+def spectral_ratio(weight: Tensor, rtol: float = 1e-3, start: Tensor | None = None, certify: bool = False) -> Bounded:
     """|W|_2 / |W|_F: 1 for a matrix of rank one, 1 / sqrt(rank) at the least.
 
     Args:
         weight: Shape ``(out, in, ...)``.
         rtol: Accuracy of the spectral norm, see :func:`spectral_norm`.
+        start: As for :func:`spectral_norm`.
+        certify: As for :func:`spectral_norm`.
 
     Returns:
-        NaN for a zero or non-finite matrix.
+        A float with ``lower`` and ``upper``; NaN for a zero or non-finite matrix.
 
     Raises:
-        ValueError: If the weight has fewer than two dimensions.
+        ValueError: As :func:`spectral_norm`.
 
     Example:
         >>> import torch
-        >>> spectral_ratio(torch.eye(4))
+        >>> round(spectral_ratio(torch.eye(4)), 6)
         0.5
     """
+    norm = spectral_norm(weight, rtol, start, certify)
     frobenius = frobenius_norm(weight)
-    return spectral_norm(weight, rtol).value / frobenius if frobenius > 0 else math.nan
+    if not frobenius > 0:
+        return Bounded(math.nan, math.nan, math.nan)
+    # Summing the squares can be off by 2^-53 for each entry.
+    rounding = 1 + real_view(weight).numel() * 2.0**-52
+    return Bounded(
+        norm.value / frobenius, norm.lower / (frobenius * rounding), min(1.0, norm.upper / frobenius * rounding)
+    )
 
 
 def frobenius_norm(weight: Tensor) -> float:
@@ -158,87 +218,100 @@ def frobenius_norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight, dtype=wide_dtype(weight)).item())
 
 
-def effective_rank(sigma: Tensor) -> float:
-    """Exp of the entropy of the normalised singular values (Roy and Vetterli, 2007).
+def leading(matrix: Tensor, rtol: float, seed: int, start: Tensor | None = None) -> Top | None:
+    """The top singular triplet without bounds: all that a measurement needs which is repeated.
 
     Args:
-        sigma: Singular values, shape ``(k,)``, as :func:`singular_values` returns them.
+        matrix: Two dimensions, not empty.
+        rtol: Relative accuracy.
+        seed: Of the random vector.
+        start: :attr:`Top.kept` of an earlier measurement.
 
     Returns:
-        A number from 1 to k; NaN if all are 0 or one is not finite.
-
-    Raises:
-        ValueError: If a singular value is negative.
-
-    Example:
-        >>> import torch
-        >>> round(effective_rank(torch.ones(4)), 6)
-        4.0
+        None where entries are not finite, all are zero, or products leave the range of the type.
     """
-    if (sigma < 0).any():
-        raise ValueError(f"singular values must be at least 0, got {sigma.min().item()}")
-    sigma = sigma.detach().cpu().double()
-    total = sigma.sum().item()
-    if not (total > 0 and math.isfinite(total)):
-        return math.nan
-    share = sigma / total
-    return math.exp(-torch.xlogy(share, share).sum().item())
+    if min(matrix.shape) <= _EXACT_SIDE:
+        squares = gram(matrix)
+        if not _SAFE[0] < squares.diagonal().real.sum().item() < _SAFE[1]:
+            return None
+        values, vectors = torch.linalg.eigh(squares)
+        return Top(math.sqrt(values[-1].item()), vectors[:, -1:].mT, True, 0)
+    fine = rtol < _FINE or matrix.dtype in (torch.float64, torch.complex128)
+    work = wide(matrix) if fine else matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return top_triplet(Dense(work), rtol, seed, start)
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """The matrix in double precision, on the CPU where its device has none."""
-    matrix = matrix.cpu() if matrix.device.type == "mps" else matrix
-    return matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
+def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Apply a function to every item, as many at a time as torch has threads."""
+    workers = min(torch.get_num_threads(), len(items))
+    if workers < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))
 
 
-def _lanczos(matrix: Tensor, rtol: float) -> SpectralNorm:
-    """Golub-Kahan-Lanczos: W V_k = U_k B_k with B_k upper bidiagonal; its top singular triplet is the estimate."""
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    rows, columns = matrix.shape
-    # A scale near 1 keeps squares inside float32's range; the norm is homogeneous, so it is put back at the end.
-    scale = matrix.abs().max().item()
-    if scale == 0:
-        return SpectralNorm(0.0, 0.0, 0.0, True, matrix.new_zeros(columns))
-    matrix = matrix / scale
-    generator = torch.Generator().manual_seed(_START_SEED)
-    v = torch.randn(columns, generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
-    v = v / torch.linalg.vector_norm(v)
-    right, left = [v], [_unit(matrix @ v)]
-    alphas, betas = [torch.linalg.vector_norm(matrix @ v)], []
-    for step in range(1, min(rows, columns) + 1):
-        w = _orthogonalise(matrix.mH @ left[-1], right)
-        betas.append(torch.linalg.vector_norm(w))
-        if step % _STEPS_PER_CHECK == 0 or step == min(rows, columns):
-            alpha, beta = torch.stack(alphas).tolist(), torch.stack(betas).tolist()
-            bidiagonal = torch.diag(torch.tensor(alpha, dtype=torch.float64))
-            bidiagonal += torch.diag(torch.tensor(beta[:-1], dtype=torch.float64), 1)
-            p, sigma, qh = torch.linalg.svd(bidiagonal)
-            if step == min(rows, columns) or beta[-1] * abs(p[-1, 0].item()) <= rtol * sigma[0].item():
-                break
-        right.append(_unit(w))
-        u = _orthogonalise(matrix @ right[-1], left)
-        alphas.append(torch.linalg.vector_norm(u))
-        left.append(_unit(u))
-    vector = _unit(torch.stack(right, 1) @ qh[0].to(matrix.device, matrix.dtype))
-    lower = torch.linalg.vector_norm(matrix @ vector).item() * scale
-    frobenius = torch.linalg.vector_norm(matrix).item() * scale
-    return SpectralNorm(lower, lower, max(lower, frobenius), False, vector)
+def _measure(matrix: Tensor, rtol: float, start: Tensor | None, certify: bool) -> SpectralNorm | None:
+    """The norm of a matrix whose products stay in range, else None."""
+    seed, kept = 0, None
+    if start is not None and min(matrix.shape) > _EXACT_SIDE:
+        # The same call gives the same result, and an updated vector another random companion.
+        seed = zlib.crc32(start.detach().to("cpu", torch.complex64).numpy().tobytes())
+        kept = _on_smaller_side(matrix, start)
+    found = leading(matrix, rtol, seed, kept)
+    if found is None:
+        return None
+    bound = lower_bound(matrix, found.kept[0])
+    if min(matrix.shape) <= _EXACT_SIDE:
+        upper = _proved(matrix, gram(matrix), bound.value)
+    elif certify:
+        bound, upper = _certified(matrix, bound, rtol)
+    else:
+        upper = bound.frobenius
+    vector = bound.vector.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
+    return SpectralNorm(bound.value, bound.lower, upper, upper <= bound.lower * (1 + rtol), vector)
 
 
-def _unit(vector: Tensor) -> Tensor:
-    """The vector over its norm; a zero vector stays zero."""
-    unit: Tensor = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
-    return unit
+def _on_smaller_side(matrix: Tensor, start: Tensor) -> Tensor:
+    """A right singular vector, as the vector that a measurement starts from."""
+    work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    start = start.detach().to(work.device, work.dtype)
+    return (start if matrix.shape[0] >= matrix.shape[1] else work.mv(start))[None]
 
 
-def _orthogonalise(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    """Project the basis out, twice: once leaves what rounding put in (Giraud et al., 2005).
+def _certified(matrix: Tensor, bound: Bound, rtol: float) -> tuple[Bound, float]:
+    """The proved upper bound; with a better lower one if the first was too low to be proved."""
+    squares = gram(matrix)
+    tried = bound.lower * (1 + _TRIED * rtol)
+    if is_bound(squares, tried):
+        return bound, with_rounding(tried, squares, matrix)
+    _, vectors = torch.linalg.eigh(squares)
+    bound = lower_bound(matrix, vectors[:, -1])
+    return bound, _proved(matrix, squares, bound.value)
 
-    Where nothing but rounding is left, an invariant subspace is complete and the remainder is exactly zero. Scaled to a
-    unit vector that rounding would not be orthogonal to the basis, and the bidiagonal matrix no longer that of W.
-    """
-    stacked = torch.stack(basis, 1)
-    rounding = 4 * torch.finfo(vector.dtype).eps * math.sqrt(max(stacked.shape)) * torch.linalg.vector_norm(vector)
-    for _ in range(2):
-        vector = torch.addmv(vector, stacked, stacked.mH.mv(vector), alpha=-1)
-    return torch.where(torch.linalg.vector_norm(vector) <= rounding, torch.zeros_like(vector), vector)
+
+def _proved(matrix: Tensor, squares: Tensor, value: float) -> float:
+    """An upper bound just above an exact value."""
+    slack = _SLACK
+    while not is_bound(squares, value * (1 + slack)):
+        slack *= 10
+    return with_rounding(value * (1 + slack), squares, matrix)
+
+
+def _rescaled(matrix: Tensor, rtol: float, start: Tensor | None, certify: bool) -> SpectralNorm:
+    """The norm of a matrix with entries that are huge, tiny, zero or not finite."""
+    largest = matrix.abs().max().double().item()
+    if not math.isfinite(largest):
+        warnings.warn(
+            f"a matrix of shape {tuple(matrix.shape)} has entries that are not finite, so its spectral norm is NaN",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return SpectralNorm(math.nan, math.nan, math.nan, False, matrix.new_full((matrix.shape[1],), math.nan))
+    if largest == 0:
+        return SpectralNorm(0.0, 0.0, 0.0, True, matrix.new_zeros(matrix.shape[1]))
+    # A power of two changes no digit.
+    scale = 2.0 ** math.floor(math.log2(largest))
+    found = _measure(wide(matrix) / scale, rtol, start, certify)
+    assert found is not None
+    value, lower, upper = (number * scale for number in found[:3])
+    return SpectralNorm(value, lower, upper, found.certified, found.vector.to(matrix.device))

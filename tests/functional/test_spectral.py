@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -8,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lowrank.functional import (
+    circular_convolution_norm,
     effective_rank,
+    energy_outside,
     frobenius_norm,
     leak,
+    numerical_rank,
     singular_values,
     spectral_norm,
+    spectral_norms,
     spectral_ratio,
     stable_rank,
 )
@@ -35,7 +40,7 @@ def test_small_matrices_agree_with_numpy(seed, rows, columns):
     norm = spectral_norm(weight)
     assert norm.value == pytest.approx(sigma[0], rel=1e-12)
     assert norm.certified
-    assert norm.lower == norm.upper == norm.value
+    assert norm.lower <= norm.value <= norm.upper <= norm.lower * (1 + 1e-7)
     assert singular_values(weight).numpy() == pytest.approx(sigma, rel=1e-10, abs=1e-12)
     assert stable_rank(weight) == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-6)
     assert spectral_ratio(weight) == pytest.approx(sigma[0] / np.linalg.norm(sigma), rel=1e-6)
@@ -102,10 +107,130 @@ def test_zero_and_non_finite_matrices(side):
     assert math.isnan(stable_rank(zero))
     bad = torch.ones(side, side)
     bad[0, 0] = math.inf
-    assert math.isnan(spectral_norm(bad).value)
-    assert math.isnan(spectral_norm(bad).upper)
-    assert math.isnan(stable_rank(bad))
-    assert singular_values(bad).isnan().all()
+    with pytest.warns(RuntimeWarning, match="not finite, so its spectral norm is NaN") as caught:
+        norm = spectral_norm(bad)
+    assert len(caught) == 1
+    assert all(math.isnan(number) for number in (norm.value, norm.lower, norm.upper))
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        rank = stable_rank(bad)
+    assert all(math.isnan(number) for number in (rank, rank.lower, rank.upper))
+    with pytest.warns(RuntimeWarning, match="not finite, so its singular values are NaN"):
+        assert singular_values(bad).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (200, 200)])
+@pytest.mark.parametrize("height", [1.3, 2.0, 10.0])
+def test_a_warm_start_finds_a_direction_that_its_vector_cannot_see(shape, height):
+    for seed in range(10):
+        sigma = torch.cat([torch.ones(1), torch.linspace(0.9, 0, 198)]).tolist()
+        old = with_spectrum([*sigma, 0.0], *shape, seed=seed)
+        norm = spectral_norm(old)
+        u, _, vh = torch.linalg.svd(old.double(), full_matrices=False)
+        new = (old.double() + height * torch.outer(u[:, -1], vh[-1])).float()
+        # Orthogonal to the new direction, to the last digit.
+        start = norm.vector - vh[-1].float() * (vh[-1].float() @ norm.vector)
+        found = spectral_norm(new, start=start)
+        assert found.value == pytest.approx(height, rel=1e-3), seed
+        assert spectral_norm(new, start=vh[0].float(), certify=True).certified
+
+
+def test_a_warm_start_follows_a_training_step():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 300, generator=generator)
+    vector = spectral_norm(weight).vector
+    for _ in range(20):
+        weight = weight + 0.01 * torch.randn(400, 300, generator=generator).sign()
+        norm = spectral_norm(weight, start=vector)
+        vector = norm.vector
+        assert norm.value == pytest.approx(torch.linalg.svdvals(weight.double())[0].item(), rel=1e-3)
+        assert torch.equal(spectral_norm(weight, start=vector).vector, spectral_norm(weight, start=vector).vector)
+
+
+def test_a_start_of_another_size_or_without_numbers():
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"start has shape \(200,\), but a vector of a 200 x 300 matrix has 300"):
+        spectral_norm(weight, start=torch.ones(200))
+    assert spectral_norm(weight, start=torch.full((300,), math.nan))[:3] == spectral_norm(weight)[:3]
+    assert spectral_norm(weight, start=torch.zeros(300)).value == pytest.approx(spectral_norm(weight).value, rel=1e-3)
+
+
+def test_many_at_once_are_the_same_as_one_by_one():
+    weights = [torch.randn(200 + k, 150, generator=torch.Generator().manual_seed(k)) for k in range(5)]
+    together = spectral_norms(weights)
+    assert [norm[:4] for norm in together] == [spectral_norm(weight)[:4] for weight in weights]
+    warm = spectral_norms(weights, starts=[norm.vector for norm in together])
+    for before, after in zip(together, warm, strict=True):
+        assert after.value == pytest.approx(before.value, rel=1e-3)
+
+
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
+def test_stable_rank_and_ratio_carry_the_bounds(certify, dtype):
+    weight = torch.randn(200, 260, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    sigma = torch.linalg.svdvals(weight.to(torch.promote_types(dtype, torch.float64)))
+    rank = (sigma.square().sum() / sigma[0] ** 2).item()
+    found, ratio = stable_rank(weight, certify=certify), spectral_ratio(weight, certify=certify)
+    assert found.lower <= rank <= found.upper
+    assert ratio.lower <= rank**-0.5 <= ratio.upper
+    assert found == pytest.approx(rank, rel=2e-3)
+    assert found.upper / rank == pytest.approx(1, rel=3e-3)
+    assert (found.lower / rank == pytest.approx(1, rel=3e-3)) == certify
+    assert copy.copy(found).lower == found.lower
+
+
+def test_numerical_rank_is_that_of_numpy():
+    for true, shape in [(40, (180, 200)), (40, (150, 900)), (3, (5, 4)), (1, (7, 1))]:
+        weight = with_spectrum([0.9**k for k in range(true)] if true > 1 else [1.0], *shape)
+        expected = np.linalg.matrix_rank(weight.numpy())
+        assert numerical_rank(singular_values(weight), weight.shape, weight.dtype) == expected == true
+    assert numerical_rank(torch.zeros(4), (4, 4)) == 0
+    assert math.isnan(numerical_rank(torch.tensor([math.nan]), (1, 1)))
+
+
+def test_oblong_matrices_have_the_singular_values_of_the_decomposition():
+    weight = with_spectrum([0.8**k for k in range(100)], 100, 900)
+    exact = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    assert singular_values(weight).numpy() == pytest.approx(exact, abs=3e-8)
+    assert singular_values(weight.double()).numpy() == pytest.approx(exact, rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    "sigma", [[0.8**k for k in range(300)], [1.0] * 150 + [0.2] * 150, [1.0, 1.0, 0.5] + [0.0] * 297]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_the_largest_singular_values(sigma, scale):
+    weight = with_spectrum([scale * value for value in sigma], 400, 300)
+    found = singular_values(weight, k=5).numpy() / scale
+    assert found == pytest.approx(sigma[:5], rel=1e-3, abs=1e-3)
+    assert singular_values(weight, k=300)[:5].numpy() / scale == pytest.approx(sigma[:5], rel=1e-5, abs=1e-6)
+    with pytest.raises(ValueError, match="k must be from 1 to 300 for a 400 x 300 matrix, got 301"):
+        singular_values(weight, k=301)
+
+
+def test_energy_outside_the_top():
+    sigma = torch.tensor([1.0, 2.0, 3.0])
+    assert [energy_outside(sigma, k) for k in range(5)] == pytest.approx([1, 5 / 14, 1 / 14, 0, 0])
+    assert energy_outside(torch.tensor([1.0, 1e-9], dtype=torch.float64), 1) == pytest.approx(1e-18, rel=1e-9)
+    assert math.isnan(energy_outside(torch.zeros(3), 1))
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
+        energy_outside(sigma, -1)
+
+
+@pytest.mark.parametrize(("kernel", "size"), [((3,), (7,)), ((3, 2), (5, 6)), ((2, 2, 2), (3, 4, 3))])
+def test_a_circular_convolution_has_the_norm_of_its_matrix(kernel, size):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 2, *kernel, generator=generator, dtype=torch.float64)
+    inputs = torch.eye(2 * math.prod(size), dtype=torch.float64).reshape(-1, 2, *size)
+    convolve = getattr(torch.nn.functional, f"conv{len(kernel)}d")
+    padding = [p for k in reversed(kernel) for p in (k - 1, 0)]
+    columns = convolve(torch.nn.functional.pad(inputs, padding, mode="circular"), weight).flatten(1)
+    exact = torch.linalg.svdvals(columns)[0].item()
+    assert circular_convolution_norm(weight, size) == pytest.approx(exact, rel=1e-9)
+    assert exact <= math.sqrt(math.prod(kernel)) * spectral_norm(weight).value
+    with pytest.raises(ValueError, match="spatial sizes, got"):
+        circular_convolution_norm(weight, [*size, 4])
+    with pytest.raises(ValueError, match="does not fit into an input"):
+        circular_convolution_norm(weight, [1] * len(size))
 
 
 def signs(seed, size):
