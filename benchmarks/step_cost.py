@@ -99,7 +99,7 @@ def measure(
     monitor: OptimizerMonitor, model: nn.Module, *, in_full: bool = False, drawn: Step | None = None
 ) -> dict[str, float]:
     """What the callback does in ``on_before_optimizer_step`` once a step is due."""
-    return monitor.step(monitor.view(model, 1.0), whole=False, in_full=in_full, spectra=False, drawn=drawn)
+    return monitor.step(monitor.view(model, 1.0), whole=False, in_full=in_full, spectra=None, drawn=drawn)
 
 
 def share_of_training(times: dict[str, float], interval: int = 50) -> float:

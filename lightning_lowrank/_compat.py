@@ -53,6 +53,11 @@ def step_of_epoch(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_idx) // int(trainer.accumulate_grad_batches)
 
 
+def of_rank_zero(trainer: Any, decision: bool) -> bool:
+    """The decision of the first process, on every process; a collective where there are several."""
+    return decision if trainer.world_size == 1 else bool(trainer.strategy.broadcast(decision))
+
+
 def raw_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Lightning's wrapper, which manual optimization hands around."""
     inner = getattr(optimizer, "_optimizer", optimizer)

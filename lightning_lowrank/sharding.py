@@ -7,10 +7,11 @@ mesh dimensions that shard the parameter and over no others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,6 +26,14 @@ from lightning_lowrank.naming import strip_wrappers
 
 # Wrappers of other libraries that cut parameters in ways of their own; fairscale's has the name of torch's.
 _FOREIGN_WRAPPERS = {"XlaFullyShardedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+
+
+class Block(NamedTuple):
+    """A rectangle of a matrix: where its first entry is, and its entries, shape ``(rows, columns)``."""
+
+    row: int
+    column: int
+    entries: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +95,23 @@ class Shard:
         """
         return local.reshape(self.shape)
 
+    def blocks(self, local: Tensor) -> list[Block] | None:
+        """What this process holds of the matrix ``(shape[0], -1)``, as rectangles of it; communicates nothing.
+
+        The blocks of all processes of the groups together are the matrix, each entry once. Its columns may be in
+        another order than that of the indices, the same on every process, which changes no singular value:
+        channels-last weights that FSDP1 has flattened keep their order in memory, and the dimension that is cut, if it
+        is not the first of all, becomes the first of those within the rows.
+
+        Args:
+            local: What :meth:`local` returned, of a parameter of two or more dimensions.
+
+        Returns:
+            Views of ``local`` where its memory order allows; an empty list if this process holds nothing. None, on
+            every process alike, if the pieces are not rectangles of the matrix.
+        """
+        return [Block(0, 0, local.reshape(self.shape).flatten(1))]
+
     def _checked(self, tensor: Tensor, size: int) -> Tensor:
         if tensor.numel() != size:
             raise ValueError(
@@ -119,6 +145,42 @@ class _DTensorShard(Shard):
         )
         return spread.full_tensor().to(local.device)
 
+    def blocks(self, local: Tensor) -> list[Block] | None:
+        cuts = self._cuts()
+        inner = {dim for dim, _ in cuts or () if dim > 0}
+        if cuts is None or len(inner) > 1:
+            return None
+        if self.size == 0:
+            return []
+        start, length = [0] * len(self.shape), list(self.shape)
+        for dim, mesh_dim in cuts:  # as torch.chunk does: all pieces but the last are of one length
+            chunk = -(-length[dim] // self.mesh.size(mesh_dim))
+            begin = chunk * self.mesh.get_local_rank(mesh_dim)
+            start[dim], length[dim] = start[dim] + begin, min(chunk, length[dim] - begin)
+        first = inner.pop() if inner else 1
+        entries = local.reshape(self.local_shape).movedim(first, 1).flatten(1)
+        return [Block(start[0], start[first] * (entries.shape[1] // self.local_shape[first]), entries)]
+
+    def _cuts(self) -> list[tuple[int, int]] | None:
+        """Dimensions of the tensor, each with the mesh dimension that cuts it, in the order of cutting.
+
+        A mesh dimension cuts before those to its right. One with a ``split_factor`` cuts after those that the factor
+        counts, which are all to its right if fully_shard around tensor parallelism has made it. None otherwise.
+        """
+        cuts: list[tuple[int, int]] = []
+        for mesh_dim, placed in reversed(list(enumerate(self.placements))):
+            factor = getattr(placed, "split_factor", None)
+            dim: int | None = getattr(placed, "dim", None)
+            if placed.is_replicate() or self.mesh.size(mesh_dim) == 1:
+                continue
+            if dim is not None and factor == math.prod(self.mesh.size(right) for cut, right in cuts if cut == dim):
+                cuts.append((dim, mesh_dim))
+            elif dim is not None and factor is None and placed.is_shard():
+                cuts.insert(0, (dim, mesh_dim))
+            else:
+                return None
+        return cuts
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _FlatShard(Shard):
@@ -145,6 +207,22 @@ class _FlatShard(Shard):
         for group in self.groups:
             distributed.all_reduce(flat, group=group)  # exact: all other summands are 0
         return flat.as_strided(self.shape, self.stride).to(local.device)
+
+    def blocks(self, local: Tensor) -> list[Block] | None:
+        columns, stop = math.prod(self.shape[1:]), self.start + self.size
+        if self.shape[0] > 1 and self.stride[0] != columns:
+            return None  # a row's numbers are not next to each other
+        if self.size == 0:
+            return []
+        # The end of a row, whole rows, the start of a row; each may be missing.
+        body = min(-(-self.start // columns) * columns, stop)
+        tail = max(stop // columns * columns, body)
+        found = []
+        for begin, end in ((self.start, body), (body, tail), (tail, stop)):
+            if begin < end:
+                entries = local.reshape(-1)[begin - self.start : end - self.start]
+                found.append(Block(*divmod(begin, columns), entries.view(-1, min(columns, end - begin))))
+        return found
 
 
 def shards(module: nn.Module) -> dict[int, list[Shard]]:

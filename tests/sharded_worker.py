@@ -22,12 +22,17 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Cut
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
+from lightning_lowrank.sharded_matrix import sharded_matrix
 from lightning_lowrank.sharding import Shard, reduce_sums, refusal, shards
 
 BATCH, LEARNING_RATE = 8, 0.1
+ITERATIONS = 8  # of the power method, on matrices whose second singular value is a tenth of the first
 
 # What FSDP says about itself; none of it is ours to mend.
 FOREIGN_WARNINGS = ("FSDP is switching to use `NO_SHARD`", "The `NO_SHARD` sharding strategy is deprecated", "FSDP1")
@@ -56,7 +61,21 @@ def convolution() -> nn.Module:
     """A kernel that lies in memory in another order than its indices."""
     torch.manual_seed(0)
     layers = [nn.Unflatten(1, (1, 7)), nn.Conv1d(1, 4, 3), nn.Unflatten(2, (1, 5)), nn.Conv2d(4, 3, (1, 5))]
-    return nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Tanh()).to(memory_format=torch.channels_last)
+
+
+def contiguous_convolution() -> nn.Module:
+    """As fully_shard demands."""
+    return convolution().to(memory_format=torch.contiguous_format)
+
+
+def transposed() -> nn.Module:
+    """Matrices that lie in memory column by column, one of them as a single row."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 1))
+    for layer in net:
+        layer.weight = nn.Parameter(layer.weight.detach().t().clone(memory_format=torch.contiguous_format).t())
+    return net
 
 
 def inputs(dtype: torch.dtype) -> Tensor:
@@ -133,6 +152,7 @@ def cases(world: int) -> dict[str, Case]:
         "plain": Case(lambda net: net, reductions=0),
         "fsdp2": split(partial(fsdp2, sizes=(world,))),
         "fsdp2-tied": split(partial(fsdp2, sizes=(world,)), Tied),
+        "fsdp2-convolution": split(partial(fsdp2, sizes=(world,)), contiguous_convolution),
         "tp": Case(partial(tensor_parallel, sizes=(world,)), reductions=groups),
     }
     for original in (True, False):
@@ -141,6 +161,7 @@ def cases(world: int) -> dict[str, Case]:
         found[f"fsdp1-tied-{suffix}"] = split(full, Tied)
         if world > 1 or not original:
             found[f"fsdp1-convolution-{suffix}"] = split(full, convolution)
+            found[f"fsdp1-transposed-{suffix}"] = split(full, transposed)
         found[f"fsdp1-nested-{suffix}"] = split(partial(full, nested=True))
         if world == 2:
             found[f"fsdp1-float32-{suffix}"] = split(full, dtype=torch.float32)
@@ -202,6 +223,9 @@ def run(case: Case, rank: int, world: int) -> dict[str, Any]:
     known = shards(module)
     found = [(parameter, shard) for parameter in parameters for shard in known[id(parameter)]]
     initial = {shard.name: shard.whole(shard.local(parameter)).tolist() for parameter, shard in found}
+    multiplied = {
+        shard.name: products(shard, shard.local(parameter)) for parameter, shard in found if len(shard.shape) > 1
+    }
 
     part = rank // (world // case.data_parallel)
     loss_of(net, inputs(case.dtype).chunk(case.data_parallel)[part]).backward()
@@ -222,6 +246,7 @@ def run(case: Case, rank: int, world: int) -> dict[str, Any]:
         "shapes": {shard.name: list(shard.shape) for _, shard in found},
         "reductions": reductions,
         "initial": initial,
+        "products": multiplied,
         "gradient": gradients,
         "stepped": {shard.name: shard.whole(shard.local(parameter)).tolist() for parameter, shard in found},
         "sums": {shard.name: row.tolist() for (_, shard), row in zip(found, reduced, strict=True)},
@@ -243,6 +268,108 @@ def _counted(sums: Tensor, found: list[Shard]) -> tuple[Tensor, int]:
         return reduce_sums(sums, found), len(calls)
     finally:
         distributed.all_reduce = own
+
+
+def vectors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One for each side of a matrix, the same in every process."""
+    generator = torch.Generator().manual_seed(2)
+    draw = torch.complex128 if dtype.is_complex else torch.float64
+    left, right = (torch.randn(size, generator=generator, dtype=draw).to(dtype) for size in shape)
+    return left, right
+
+
+def products(shard: Shard, local: Tensor, iterations: int = 0) -> dict[str, Any] | None:
+    """A parameter's products with vectors, what was sent for them, and its largest singular value."""
+    matrix = sharded_matrix(shard, local)
+    if matrix is None:
+        return None
+    left, right = vectors(matrix.shape, matrix.dtype)
+    report: dict[str, Any] = {"dtype": str(matrix.dtype), "groups": len(shard.groups), "collectives": {}}
+    calls = {
+        "mv": lambda: as_list(matrix.mv(right)),
+        "rmv": lambda: as_list(matrix.rmv(left)),
+        "all agree": lambda: matrix.agree(True),
+        "one agrees": lambda: matrix.agree(distributed.get_rank() == 0),
+    }
+    for name, call in calls.items():
+        with CommDebugMode() as sent:
+            report[name] = call()
+        report["collectives"][name] = {str(kind): count for kind, count in sent.get_comm_counts().items()}
+    for _ in range(iterations):
+        right = matrix.rmv(matrix.mv(right))
+        right = right / torch.linalg.vector_norm(right)
+    report["top"] = torch.linalg.vector_norm(matrix.mv(right)).item()
+    return report
+
+
+def as_list(tensor: Tensor) -> list[Any]:
+    return torch.view_as_real(tensor.resolve_conj()).tolist() if tensor.is_complex() else tensor.tolist()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor on a device mesh."""
+
+    shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    dtype: torch.dtype = torch.float64
+    first: int = 1  # the dimension that comes first within the rows of the matrix, if it is cut
+    rectangles: bool = True  # whether the pieces are some
+
+    def tensor(self) -> Tensor:
+        """Of top singular value 1 and others below .1: an outer product and a little noise."""
+        generator = torch.Generator().manual_seed(3)
+        draw = torch.complex128 if self.dtype.is_complex else torch.float64
+        left, right, noise = (
+            torch.randn(shape, generator=generator, dtype=draw) for shape in (self.shape[0], self.shape[1:], self.shape)
+        )
+        top = torch.tensordot(left / left.norm(), right / right.norm(), dims=0)
+        return (top + 0.1 * noise / noise.norm()).to(self.dtype)
+
+
+def layouts(world: int) -> dict[str, Layout]:
+    """By name; on a mesh of one dimension for each placement."""
+    line = {
+        "rows": Layout((7, 5), (Cut(0),)),
+        "columns": Layout((7, 5), (Cut(1),)),
+        "few-rows": Layout((1, 5), (Cut(0),)),
+        "few-columns": Layout((7, 1), (Cut(1),)),
+        "copies": Layout((7, 5), (Replicate(),)),
+        "complex": Layout((7, 5), (Cut(0),), torch.complex64),
+        "complex-columns": Layout((7, 5), (Cut(1),), torch.complex128),
+        "float16": Layout((7, 5), (Cut(1),), torch.float16),
+        "kernel-out": Layout((5, 3, 2, 3), (Cut(0),)),
+        "kernel-in": Layout((5, 3, 2, 3), (Cut(1),)),
+        "kernel-height": Layout((5, 3, 2, 3), (Cut(2),), first=2),
+        "kernel-width": Layout((5, 3, 2, 3), (Cut(3),), first=3),
+        "unsummed": Layout((7, 5), (Partial(),), rectangles=world == 1),
+    }
+    plane = {
+        "rows-columns": Layout((7, 5), (Cut(0), Cut(1))),
+        "columns-rows": Layout((7, 5), (Cut(1), Cut(0))),
+        "rows-rows": Layout((7, 5), (Cut(0), Cut(0))),
+        "columns-columns": Layout((5, 7), (Cut(1), Cut(1))),
+        "copies-columns": Layout((7, 5), (Replicate(), Cut(1))),
+        "rows-width": Layout((5, 3, 2, 3), (Cut(0), Cut(3)), first=3),
+        "in-width": Layout((5, 3, 2, 3), (Cut(1), Cut(3)), rectangles=False),
+        "rows-late": Layout((8, 5), (_StridedShard(0, split_factor=2), Cut(0))),
+        "columns-late": Layout((5, 8), (_StridedShard(1, split_factor=2), Cut(1))),
+        "rows-strided": Layout((12, 5), (_StridedShard(0, split_factor=3), Cut(0)), rectangles=False),
+        "rows-strided-columns": Layout((8, 5), (_StridedShard(0, split_factor=2), Cut(1)), rectangles=False),
+    }
+    return line | (plane if world == 4 else {})
+
+
+def laid_out(layout: Layout, rank: int, world: int) -> dict[str, Any] | None:
+    sizes = (world,) if len(layout.placements) == 1 else (2, world // 2)
+    module = nn.Module()
+    if any(placed.is_partial() for placed in layout.placements):
+        spread = DTensor.from_local(layout.tensor() / world, mesh(*sizes), layout.placements, run_check=False)
+    else:
+        spread = distribute_tensor(layout.tensor(), mesh(*sizes), layout.placements)
+    module.weight = nn.Parameter(spread)
+    [[shard]] = shards(module).values()
+    return products(shard, shard.local(module.weight), ITERATIONS)
 
 
 def gathered(rank: int, world: int) -> dict[str, str]:
@@ -282,6 +409,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     store = distributed.FileStore(str(folder / "store"), world)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=40))
     jobs: dict[str, Callable[..., Any]] = {name: partial(run, case) for name, case in cases(world).items()}
+    jobs |= {f"layout-{name}": partial(laid_out, layout) for name, layout in layouts(world).items()}
     jobs |= {"gathered": gathered, "refusals": refusals} if world > 1 else {}
     report = {}
     for name, job in jobs.items():

@@ -6,17 +6,20 @@ import json
 import multiprocessing
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lightning_lowrank.sharded_matrix import sharded_matrix
 from lightning_lowrank.sharding import Shard, reduce_sums, refusal, shards
 from tests import sharded_worker
-from tests.sharded_worker import LEARNING_RATE, Case, cases, inputs, loss_of
+from tests.sharded_worker import LEARNING_RATE, Case, as_list, cases, inputs, layouts, loss_of, vectors
 
 WORLDS = (1, 2, 4)
 CASES = [(world, name) for world in WORLDS for name in cases(world)]
+LAYOUTS = [(world, name) for world in WORLDS for name in layouts(world)]
 
 # bfloat16 has 8 bits, and the gradient went through three layers and a mean over processes in it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -53,7 +56,7 @@ def reports(tmp_path_factory):
             found[world] = run_world(world, tmp_path_factory.mktemp(f"world{world}"))
         ours = [report[name] for report in found[world]]
         for report in ours:
-            assert "error" not in report, report["error"]
+            assert report is None or "error" not in report, report["error"]
         return ours
 
     return of
@@ -121,6 +124,70 @@ def test_every_process_holds_its_part_and_sees_the_same_numbers(world, name, rep
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp1-original", "fsdp1-flat"])
 def test_some_processes_hold_nothing_of_a_parameter(name, reports):
     assert any(size == 0 for report in reports(4, name) for size in report["sizes"].values())
+
+
+def check_products(ranks, matrix):
+    """Every process' products with a matrix are the same bits, and right, by one collective for each group."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    left, right = (vector.to(wide) for vector in vectors(matrix.shape, dtype))
+    expected = {"mv": matrix.to(wide) @ right, "rmv": matrix.to(wide).mH @ left}
+    for rank, report in enumerate(ranks):
+        groups = report["groups"]
+        assert report["dtype"] == str(dtype)
+        for key, product in expected.items():
+            assert report[key] == ranks[0][key]
+            error = torch.tensor(report[key], dtype=torch.float64) - torch.tensor(as_list(product))
+            assert error.norm() <= 1e-6 * torch.linalg.vector_norm(product)
+        for sent in report["collectives"].values():
+            assert sent == ({"c10d.allreduce_": groups} if groups else {})
+        assert report["all agree"] is True
+        assert report["one agrees"] is (rank == 0 and groups == 0)
+
+
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_products_of_sharded_matrices_are_those_of_the_whole(world, name, reports):
+    case, ranks = cases(world)[name], reports(world, name)
+    initial, _, _ = unsharded(case)
+    assert max(report["groups"] for report in ranks[0]["products"].values() if report) == case.reductions
+    for key, found in ranks[0]["products"].items():
+        weight = initial[key]
+        if name.startswith("fsdp1-transposed") and key == "0.weight":
+            assert all(report["products"][key] is None for report in ranks)
+            continue
+        if name.startswith("fsdp1-convolution"):  # rows as they lie in memory
+            weight = weight.as_strided(weight.shape, torch.empty(weight.shape).stride())
+        assert found is not None
+        check_products([report["products"][key] for report in ranks], weight.flatten(1))
+
+
+@pytest.mark.parametrize(("world", "name"), LAYOUTS)
+def test_largest_singular_values_of_sharded_matrices(world, name, reports):
+    layout, ranks = layouts(world)[name], reports(world, f"layout-{name}")
+    if not layout.rectangles:
+        assert ranks == [None] * world
+        return
+    matrix = layout.tensor().movedim(layout.first if world > 1 else 1, 1).flatten(1)
+    check_products(ranks, matrix)
+    sigma = np.linalg.svd(matrix.to(torch.complex128).numpy(), compute_uv=False)
+    for report in ranks:
+        assert report["top"] == ranks[0]["top"]
+        assert report["top"] == pytest.approx(sigma[0], rel=1e-6)
+
+
+def test_a_matrix_of_one_process_is_the_tensor_itself():
+    weight = torch.ones(2, 3)
+    matrix = sharded_matrix(Shard.of_whole("weight", weight), weight)
+    weight[1, 2] = 5
+    assert matrix.shape == (2, 3)
+    assert matrix.device == weight.device
+    assert matrix.mv(torch.ones(3)).tolist() == [3, 7]
+    assert matrix.rmv(torch.ones(2)).tolist() == [2, 2, 6]
+
+
+def test_a_vector_is_no_matrix():
+    with pytest.raises(ValueError, match=r"'bias' has the shape \(3,\), which is not a matrix"):
+        sharded_matrix(Shard.of_whole("bias", torch.zeros(3)), torch.zeros(3))
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

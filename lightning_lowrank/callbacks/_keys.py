@@ -15,7 +15,7 @@ PerLayer = bool | Literal["auto"]
 # Up to this many matrices each gets its own keys under per_layer="auto"; dashboards drown in more.
 MANY_LAYERS = 32
 QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
-SPECTRAL_KEYS = ("stable_rank", "spectral_ratio", "spectral_norm", "effective_rank", "spectral_decay")
+SPECTRAL_KEYS = ("stable_rank", "spectral_ratio", "spectral_norm", "effective_rank", "spectral_decay", "spectral_age")
 # Estimates of the full-batch gradient's values.
 FULL_KEYS = ("alignment", "residual")
 ERROR_KEYS = ("alignment_stderr", "residual_stderr")
@@ -36,6 +36,7 @@ class Keys:
         spectral: Which spectra there are.
         per_layer: Whether each matrix has keys of its own, or by their number.
         layers: The matrices' names, once they are known.
+        without_spectra: Those of which no spectrum is wanted.
     """
 
     gradient: Literal["step", "window", "full"] | None
@@ -45,6 +46,7 @@ class Keys:
     spectral: Spectral | None
     per_layer: PerLayer
     layers: list[str] | None = field(default=None)
+    without_spectra: frozenset[str] = frozenset()
 
     @property
     def scalars(self) -> list[str]:
@@ -61,7 +63,7 @@ class Keys:
             keys += ["spectral_decay"] if "spectral" in self.bounds and self.spectral else []
         keys += ["implied_weight_decay", "norm_spread", "homogeneity_defect", "norm_gap", "norm_gap_predicted"]
         keys += ["cumulative_decay", "steps_to_stationarity"]
-        return keys + (["stable_rank", "spectral_ratio"] if self.spectral else [])
+        return keys + (["stable_rank", "spectral_ratio", "spectral_age"] if self.spectral else [])
 
     @property
     def of_layers(self) -> list[str]:
@@ -79,13 +81,21 @@ class Keys:
     @property
     def all(self) -> list[str]:
         """Every key, once the layers are known."""
-        entries = [] if self.per_layer is False else (self.layers or []) if self.by_name else list(QUANTILES)
-        return self.scalars + [f"{key}/{entry}" for key in self.of_layers for entry in entries]
+        return self.scalars + [f"{key}/{entry}" for key in self.of_layers for entry in self._entries(key)]
 
     @property
     def by_name(self) -> bool:
         """Whether the per-layer keys are the matrices' names rather than quantiles."""
         return self.per_layer is True or len(self.layers or ()) <= MANY_LAYERS
+
+    def _entries(self, key: str) -> list[str]:
+        """What one per-layer key has values for."""
+        if self.per_layer is False:
+            return []
+        if not self.by_name:
+            return list(QUANTILES)
+        left_out = self.without_spectra if key in SPECTRAL_KEYS else frozenset()
+        return [name for name in self.layers or [] if name not in left_out]
 
     def spread_out(self, names: Sequence[str], layers: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """The per-layer part of a row: a key per matrix, or quantiles over the matrices when they are many."""
@@ -93,7 +103,7 @@ class Keys:
         for key in (key for key in self.of_layers if key in layers and self.per_layer is not False):
             if self.by_name:
                 found = dict(zip(names, layers[key], strict=True))
-                out |= {f"{key}/{name}": found.get(name, math.nan) for name in self.layers or []}
+                out |= {f"{key}/{name}": found.get(name, math.nan) for name in self._entries(key)}
             else:
                 finite = torch.tensor([v for v in layers[key] if math.isfinite(v)], dtype=torch.float64)
                 out |= {

@@ -9,21 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.callbacks._keys import Keys
 from lightning_lowrank.callbacks._regimes import RegimeTracker
-from lightning_lowrank.functional import (
-    InnerProducts,
-    effective_rank,
-    singular_values,
-    spectral_norm,
-)
+from lightning_lowrank.callbacks._spectra import Spectra, age_of
+from lightning_lowrank.functional import InnerProducts
 from lightning_lowrank.functional._tensors import inner_products, squared_residuals
 from lightning_lowrank.optimizers import Decay
 from lightning_lowrank.parameters import Parameter
 from lightning_lowrank.sharding import reduce_max, reduce_sums
-
-# Residual at which an iterated spectral norm stops: the logged value is good to four digits.
-_SPECTRAL_RTOL = 1e-4
 
 # Below it the residual is a small difference of the products, and is computed from the entries.
 _SMALL_RESIDUAL = 0.05
@@ -35,11 +29,13 @@ class StepMeter:
     Args:
         keys: Which values there are.
         regimes: Which layers the theory speaks of; learns from every step that is measured in full.
+        spectra: What is known of the matrices' spectra.
     """
 
-    def __init__(self, keys: Keys, regimes: RegimeTracker) -> None:
+    def __init__(self, keys: Keys, regimes: RegimeTracker, spectra: Spectra) -> None:
         self.keys = keys
         self.regimes = regimes
+        self.spectra = spectra
         self.start_row()
 
     def start_row(self) -> None:
@@ -96,7 +92,14 @@ class StepMeter:
                 self._invariant.setdefault(p.name, []).append(gg / ww * float(p.rate) / (2 * p.weight_decay**2))
 
     def measure(
-        self, view: Sequence[Parameter], products: InnerProducts, *, whole_epoch: bool, spectra: bool, tau: float
+        self,
+        view: Sequence[Parameter],
+        products: InnerProducts,
+        *,
+        whole_epoch: bool,
+        spectra: Budget | None,
+        tau: float,
+        number: int,
     ) -> dict[str, float]:
         """Measure one step.
 
@@ -104,8 +107,9 @@ class StepMeter:
             view: The parameters with their gradients.
             products: As :meth:`products` returns them.
             whole_epoch: Whether this step's gradient is the full-batch gradient.
-            spectra: Whether to measure the spectra as well; without, their keys are missing from the result.
+            spectra: The time that there is for measuring spectra; None where none are due.
             tau: The cumulative decay before this step.
+            number: Of this step.
 
         Returns:
             Values by key; NaN where there is none.
@@ -128,8 +132,15 @@ class StepMeter:
             values["scale_invariant_balance"] = _mean([_mean(found) for found in self._invariant.values()])
         values |= {"implied_weight_decay": of_matrices.implied_weight_decay(), **norms}
         layers = self._layer_values(matrices, of_matrices, whole_epoch)
-        if spectra and self.keys.spectral:
-            self._add_spectra(values, layers, matrices, of_matrices.ww.sqrt().tolist())
+        if self.keys.spectral:
+            if spectra is not None:
+                wanted = [
+                    (p, norm)
+                    for p, norm in zip(matrices, layers["frobenius_norm"], strict=True)
+                    if p.name not in self.keys.without_spectra
+                ]
+                self.spectra.measure(wanted, number, spectra)
+            self._add_spectra(values, layers, matrices, number)
         per_layer = self.keys.spread_out([p.name for p in matrices], layers)
         return {key: _finite(value) for key, value in {**values, **per_layer}.items()}
 
@@ -183,32 +194,26 @@ class StepMeter:
         return layers
 
     def _add_spectra(
-        self,
-        values: dict[str, float],
-        layers: dict[str, list[float]],
-        matrices: Sequence[Parameter],
-        norms: Sequence[float],
+        self, values: dict[str, float], layers: dict[str, list[float]], matrices: Sequence[Parameter], step: int
     ) -> None:
-        tops, effective = [], []
-        for p in matrices:
-            whole = p.shard.whole(p.value)
-            if self.keys.spectral == "full":
-                sigma = singular_values(whole)
-                tops.append(sigma[0].item() if len(sigma) else 0.0)
-                effective.append(effective_rank(sigma))
-            else:
-                tops.append(spectral_norm(whole, _SPECTRAL_RTOL).value)
+        """What is known of the spectra by now; of those that are not due, what was measured before."""
+        names = [p.name for p in matrices]
+        found = self.spectra.of(names)
+        layers["spectral_norm"] = [spectrum.top for spectrum in found]
+        layers["stable_rank"] = [spectrum.stable_rank for spectrum in found]
         if self.keys.spectral == "full":
-            layers["effective_rank"] = effective
-        ratios = [top / norm if norm > 0 else math.nan for top, norm in zip(tops, norms, strict=True)]
-        layers["spectral_norm"] = tops
-        layers["stable_rank"] = [1 / ratio**2 if ratio > 0 else math.nan for ratio in ratios]
-        values |= {"stable_rank": _mean(layers["stable_rank"]), "spectral_ratio": _mean(ratios)}
+            layers["effective_rank"] = [spectrum.effective_rank for spectrum in found]
+        of_all = [s for p, s in zip(matrices, found, strict=True) if p.name not in self.keys.without_spectra]
+        values["spectral_age"] = age_of(of_all, step)
+        # A mean over some of the matrices would be another quantity.
+        known = math.isfinite(values["spectral_age"])
+        values["stable_rank"] = _mean([s.stable_rank for s in of_all]) if known else math.nan
+        values["spectral_ratio"] = _mean([s.ratio for s in of_all]) if known else math.nan
         if "spectral" in self.keys.bounds:
             decayed = [
-                p.weight_decay * top for p, top in zip(matrices, tops, strict=True) if p.decay is Decay.DECOUPLED
+                p.weight_decay * s.top for p, s in zip(matrices, found, strict=True) if p.decay is Decay.DECOUPLED
             ]
-            values["spectral_decay"] = max(decayed, default=math.nan)
+            values["spectral_decay"] = max(decayed, default=math.nan) if known else math.nan
 
 
 def data_products(view: Sequence[Parameter], sums: Tensor) -> InnerProducts:

@@ -12,14 +12,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.callbacks._clock import DecayClock
 from lightning_lowrank.callbacks._keys import Keys, PerLayer, Spectral
 from lightning_lowrank.callbacks._meter import StepMeter, has_coupled_target
 from lightning_lowrank.callbacks._regimes import RegimeTracker
+from lightning_lowrank.callbacks._spectra import Spectra
 from lightning_lowrank.callbacks._window import GradientWindow
 from lightning_lowrank.full_gradient import FullGradient
 from lightning_lowrank.functional import InnerProducts
 from lightning_lowrank.layers import ends_by_name, layer_ends
+from lightning_lowrank.matrices import layouts_of_parameters
 from lightning_lowrank.optimizers import Decay, StepRecord, bound
 from lightning_lowrank.parameters import Parameter, Penalty, optimized_parameters
 from lightning_lowrank.sampling import Step
@@ -39,6 +42,7 @@ class Settings:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     share: float = 0.01
+    matrices: Mapping[str, str | None] = field(default_factory=dict)
 
     def measures(self, name: str) -> bool:
         """Whether a parameter is one of those that are measured."""
@@ -104,13 +108,8 @@ class OptimizerMonitor:
         self._shards = shards(module)
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         held = {id(p) for p in (*trained, *later)}
-        shapes = {
-            shard.name: shard.shape
-            for key, found in self._shards.items()
-            if key in held
-            for shard in found
-            if self.settings.measures(shard.name)
-        }
+        every = {shard.name: shard.shape for key, found in self._shards.items() if key in held for shard in found}
+        shapes = {name: shape for name, shape in every.items() if self.settings.measures(name)}
         if not shapes:
             rank_zero_warn(
                 f"LowRankMonitor: include={list(self.settings.include)}, exclude={list(self.settings.exclude)} leave no"
@@ -122,7 +121,13 @@ class OptimizerMonitor:
         self.keys.layers = [name for name, shape in shapes.items() if len(shape) >= 2]
         ends = layer_ends(module)
         ends += ends_by_name(set(shapes) - {name for end in ends for name, _, _ in end.parts})
-        self._meter = StepMeter(self.keys, RegimeTracker(ends, shapes, self._epsilon, self.settings.groups))
+        layouts = layouts_of_parameters(module, every, self.settings.matrices)
+        self.keys.without_spectra = frozenset(self.keys.layers) - layouts.keys()
+        self._meter = StepMeter(
+            self.keys,
+            RegimeTracker(ends, shapes, self._epsilon, self.settings.groups),
+            Spectra(self.settings.spectral == "full", layouts),
+        )
         if self._state is not None:
             self._meter.regimes.load_state_dict(self._state)
 
@@ -141,8 +146,9 @@ class OptimizerMonitor:
         *,
         whole: bool,
         in_full: bool,
-        spectra: bool,
+        spectra: Budget | None,
         drawn: Step | None,
+        number: int = 0,
     ) -> dict[str, float]:
         """Measure the gradient that the optimizer is about to use.
 
@@ -150,8 +156,9 @@ class OptimizerMonitor:
             view: As :meth:`view` returns it.
             whole: Whether it is the gradient of a whole epoch.
             in_full: Whether all values are wanted, or just those that are means over steps.
-            spectra: Whether the spectra are wanted as well.
+            spectra: The time that there is for spectra; None where none are due.
             drawn: What it is made of; None where the window does not take it.
+            number: Of the step.
 
         Returns:
             Values by key; those of a window only in the step that completes it, and in the next that is wanted in full.
@@ -171,7 +178,12 @@ class OptimizerMonitor:
             self._meter.glance_only(view)
             return completed
         values = self._meter.measure(
-            view, products, whole_epoch=whole, spectra=spectra and in_full, tau=self.clock.tau()
+            view,
+            products,
+            whole_epoch=whole,
+            spectra=spectra if in_full else None,
+            tau=self.clock.tau(),
+            number=number,
         )
         if not in_full:
             return completed

@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -23,10 +24,12 @@ from lightning_lowrank._compat import (
     gradient_epsilon,
     is_wandb_logger,
     loss_scale,
+    of_rank_zero,
     raw_optimizer,
     sharding_strategy,
     unfreezes_later,
 )
+from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.callbacks._full import measure_epoch
 from lightning_lowrank.callbacks._full import refusal as full_refusal
 from lightning_lowrank.callbacks._keys import PerLayer, Spectral
@@ -34,9 +37,10 @@ from lightning_lowrank.callbacks._optimizer import OptimizerMonitor, Settings, S
 from lightning_lowrank.callbacks._regimes import LayerRegime
 from lightning_lowrank.callbacks._watchers import Watchers
 from lightning_lowrank.callbacks._window import GradientWindow
+from lightning_lowrank.matrices import check_overrides, layouts_of_parameters
 from lightning_lowrank.parameters import Penalty, has_lazy_parameters
 from lightning_lowrank.sampling import step_sees_whole_epoch
-from lightning_lowrank.sharding import refusal
+from lightning_lowrank.sharding import refusal, shards
 
 T = TypeVar("T")
 Gradient = Literal["auto", "step", "window", "full"]
@@ -81,8 +85,14 @@ class LowRankMonitor(Callback):
         window_rest: Steps between two windows; None keeps the cost of large models below a percent of their training,
             by a rest of six windows' length.
         every_n_epochs: Epochs between two passes of ``gradient="full"``.
-        spectral: "norm" for the spectral norm and stable rank of every matrix, "full" for the effective rank as well (a
-            full SVD of every matrix per row), None for no spectra.
+        spectral: "norm" for the spectral norm (to 1e-3) and stable rank of every matrix, "full" for the effective rank
+            as well (all singular values), None for no spectra.
+        spectral_every_n_steps: Batches between two measurements of spectra; None means every row. Rows between have
+            the last values.
+        spectral_budget: Share of the run's wall time that the monitor may take before spectra have to wait. Those of a
+            large model are then spread over several rows, in turn; ``spectral_age`` says how old the oldest is.
+        matrices: Which matrix a parameter is, by glob pattern of its name, where it is another than found: "linear",
+            "groups:4", "circular:32x32" (the operator norm of a convolution), or None for no spectrum of it.
         per_layer: Whether every matrix has keys of its own; "auto" means up to 32 matrices, and quantiles above.
         weight_decay: Replaces the coefficient of the optimizer's groups; "auto" takes theirs.
         loss_penalty: Coefficient c of a penalty c/2 |theta|^2 that is written into the loss.
@@ -109,6 +119,9 @@ class LowRankMonitor(Callback):
         window_rest: int | None = None,
         every_n_epochs: int = 1,
         spectral: Spectral | None = "norm",
+        spectral_every_n_steps: int | None = None,
+        spectral_budget: float = 0.01,
+        matrices: dict[str, str | None] | None = None,
         per_layer: PerLayer = "auto",
         weight_decay: float | Literal["auto"] = "auto",
         loss_penalty: float = 0.0,
@@ -119,7 +132,8 @@ class LowRankMonitor(Callback):
         prefix: str = "lowrank",
     ) -> None:
         super().__init__()
-        for name, count in {"every_n_steps": every_n_steps, "window_size": window_size}.items():
+        intervals = {"every_n_steps": every_n_steps, "spectral_every_n_steps": spectral_every_n_steps}
+        for name, count in {**intervals, "window_size": window_size}.items():
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {count!r}")
         for name, count in {"window_stride": window_stride, "every_n_epochs": every_n_epochs}.items():
@@ -131,6 +145,9 @@ class LowRankMonitor(Callback):
             raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
         if spectral not in _SPECTRAL:
             raise ValueError(f"spectral must be one of {_SPECTRAL}, got {spectral!r}")
+        if not _is_coefficient(spectral_budget) or not 0 < spectral_budget <= 1:
+            raise ValueError(f"spectral_budget must be a share above 0 and at most 1, got {spectral_budget!r}")
+        check_overrides(matrices or {})
         if per_layer not in ("auto", True, False):
             raise ValueError(f"per_layer must be 'auto', True or False, got {per_layer!r}")
         if weight_decay != "auto" and not _is_coefficient(weight_decay):
@@ -147,6 +164,8 @@ class LowRankMonitor(Callback):
         self.window_stride = window_stride
         self.window_rest = window_rest
         self.every_n_epochs = every_n_epochs
+        self.spectral_every_n_steps = spectral_every_n_steps
+        self.spectral_budget = spectral_budget
         self.prefix = prefix
         self.settings = Settings(
             spectral=spectral,
@@ -156,6 +175,7 @@ class LowRankMonitor(Callback):
             include=_patterns(include),
             exclude=_patterns(exclude),
             share=initialization_share,
+            matrices=matrices or {},
         )
         self._restored: Mapping[str, Any] | None = None
         # The Trainer of the last fit, where it ended, and the state: another fit of the same goes on from there.
@@ -167,6 +187,8 @@ class LowRankMonitor(Callback):
         self._watchers: Watchers | None = None
         self._last_step: dict[int, int] = {}
         self._rows_done: dict[int, int] = {}
+        self._spectra_done: dict[int, int] = {}
+        self._budget: Budget | None = None
         self._stepped: OptimizerMonitor | None = None
         self._pending: dict[str, float] = {}
         # Optimizers that were measured in this batch, and whether for a row.
@@ -206,8 +228,12 @@ class LowRankMonitor(Callback):
         """Decide what this run can measure, and say before training what it can't."""
         self._reset()
         self._started = time.perf_counter()
+        self._budget = Budget(self.spectral_budget, partial(of_rank_zero, trainer))
         if self.gradient == "full" and (reason := full_refusal(trainer, pl_module)):
             raise ValueError(f"LowRankMonitor(gradient='full') can't be used here: {reason}")
+        if self.settings.matrices and not has_lazy_parameters(pl_module):
+            shapes = {shard.name: shard.shape for found in shards(pl_module).values() for shard in found}
+            layouts_of_parameters(pl_module, shapes, self.settings.matrices)
         self._attempt(self._prepare, trainer, pl_module)
 
     def _prepare(self, trainer: Any, module: LightningModule) -> None:
@@ -284,8 +310,8 @@ class LowRankMonitor(Callback):
         regular = (step + 1) % math.ceil(interval / per_row) == 0
         if not (in_full or regular or drawn is not None):
             return
-        watched = self._watchers is not None and self._watchers.spectra and about_to_check(trainer)
-        wanted = {"in_full": in_full, "spectra": row or first or watched, "drawn": drawn}
+        spectra = self._budget if in_full and self._spectra_due(trainer, index, step, row=row or first) else None
+        wanted = {"in_full": in_full, "spectra": spectra, "drawn": drawn, "number": step}
         values = self._attempt(self._values, trainer, module, monitor, **wanted)
         if values is None and not self._failed:
             return  # no parameter has a gradient: a row that is due comes with the next step
@@ -295,6 +321,20 @@ class LowRankMonitor(Callback):
         if row:
             self._rows_done[index] = (step + 1) // interval
             monitor.start_row()
+
+    def _spectra_due(self, trainer: Any, index: int, step: int, *, row: bool) -> bool:
+        """Whether spectra are measured in a step; then says how much time the rest of the monitor has taken."""
+        assert self._budget is not None
+        self._budget.spent_elsewhere = self._spent - self._budget.spent
+        if self._watchers is not None and self._watchers.spectra and about_to_check(trainer):
+            return True
+        if self.spectral_every_n_steps is None:
+            return row
+        count = (step + 1) // self.spectral_every_n_steps
+        due = count > self._spectra_done.get(index, -1)
+        if due:
+            self._spectra_done[index] = count
+        return due
 
     def _values(
         self, trainer: Any, module: LightningModule, monitor: OptimizerMonitor, **wanted: Any

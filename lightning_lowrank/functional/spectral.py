@@ -241,6 +241,24 @@ def leading(matrix: Tensor, rtol: float, seed: int, start: Tensor | None = None)
     return top_triplet(Dense(work), rtol, seed, start)
 
 
+def block_norm(blocks: Tensor, rtol: float, seed: int) -> float:
+    """The norm of a block-diagonal matrix: the largest of its blocks'.
+
+    Args:
+        blocks: Shape ``(count, rows, columns)``.
+        rtol: Relative accuracy of a block that has to be iterated.
+        seed: Of the random vectors.
+    """
+    if min(blocks.shape[1:]) <= _EXACT_SIDE:
+        squares = (
+            wide(blocks).mH @ wide(blocks) if blocks.shape[1] >= blocks.shape[2] else wide(blocks) @ wide(blocks).mH
+        )
+        if _SAFE[0] < squares.diagonal(dim1=1, dim2=2).real.sum().item() < _SAFE[1]:
+            return math.sqrt(torch.linalg.eigvalsh(squares).max().item())
+    found = (leading(block, rtol, seed) or spectral_norm(block, rtol) for block in blocks)
+    return max(top.value for top in found)
+
+
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Apply a function to every item, as many at a time as torch has threads."""
     workers = min(torch.get_num_threads(), len(items))

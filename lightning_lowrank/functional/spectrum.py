@@ -73,6 +73,21 @@ def singular_values(weight: Tensor, k: int | None = None, rtol: float = 1e-3) ->
     return sigma.cpu()[:k]
 
 
+def block_singular_values(blocks: Tensor) -> Tensor:
+    """The singular values of a block-diagonal matrix, descending: those of all its blocks.
+
+    Args:
+        blocks: Shape ``(count, rows, columns)``.
+
+    Returns:
+        A float64 CPU tensor of shape ``(count * min(rows, columns),)``.
+    """
+    if len(blocks) == 1:
+        return singular_values(blocks[0])
+    sigma: Tensor = torch.linalg.svdvals(wide(blocks)).flatten().cpu()
+    return sigma.sort(descending=True).values
+
+
 def numerical_rank(sigma: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
     """Number of singular values that are above the rounding of the matrix' entries.
 

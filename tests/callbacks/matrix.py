@@ -93,6 +93,7 @@ class Setup:
         groups: Bias-free weights that trade a factor.
         decay: "coupled", "decoupled" or "none".
         rtol: Relative accuracy of the recomputation from the same gradients.
+        iterated: Whether there are matrices too large for exact spectra.
         loss: Adds to the loss.
         modes: In which gradient modes it is run.
     """
@@ -108,6 +109,7 @@ class Setup:
     groups: tuple[tuple[str, ...], ...] = (("0", "2", "4"),)
     decay: str = "coupled"
     rtol: float = 1e-4
+    iterated: bool = False
     loss: Callable[[Any], Any] | None = None
     modes: tuple[str, ...] = MODES
     momentum: float = MOMENTUM
@@ -121,7 +123,7 @@ SETUPS = {
     "sgd": Setup("SGD with momentum, bias-free MLP"),
     "groups": Setup("parameter groups with different decay, some with none", optimizer=grouped),
     "biases": Setup("biased MLP", net=lambda: mlp(bias=True), groups=()),
-    "wide": Setup("layers whose spectra are iterated", net=lambda: mlp((6, 300, 200, 3))),
+    "wide": Setup("layers whose spectra are iterated", net=lambda: mlp((6, 300, 200, 3)), iterated=True),
     "batch norm": Setup(
         "convolution and BatchNorm", net=cnn, shape=(2, 5, 5), invariant=("net.0.weight",),
         groups=(("1.weight+net.1.bias", "4", "6"),),
@@ -324,10 +326,13 @@ class Oracle:
             values["linf_decay"] = max(wd[name] * np.abs(seen.after[name]).max() for name in w)
         products = {name: (w[name] * g[name]).sum() for name in matrices}
         norms = {name: np.linalg.norm(w[name]) for name in matrices}
-        top = {name: np.linalg.svd(w[name].reshape(len(w[name]), -1), compute_uv=False)[0] for name in matrices}
+        # What a parametrisation makes a weight from is not the matrix that the network uses.
+        spectral = [name for name in matrices if "parametrizations" not in name]
+        top = {name: np.linalg.svd(w[name].reshape(len(w[name]), -1), compute_uv=False)[0] for name in spectral}
         values["implied_weight_decay"] = -sum(products.values()) / sum(n**2 for n in norms.values())
-        values["stable_rank"] = float(np.mean([(norms[name] / top[name]) ** 2 for name in matrices]))
-        values["spectral_ratio"] = float(np.mean([top[name] / norms[name] for name in matrices]))
+        values["stable_rank"] = float(np.mean([(norms[name] / top[name]) ** 2 for name in spectral]))
+        values["spectral_ratio"] = float(np.mean([top[name] / norms[name] for name in spectral]))
+        values["spectral_age"] = 0.0
         values["cumulative_decay"] = tau = self.tau(step)
         rate = self.tau(step + 1) - tau
         values["steps_to_stationarity"] = max(0.0, (math.log(100) - tau) / rate) if rate > 0 else math.nan
@@ -338,6 +343,7 @@ class Oracle:
                 values[f"alignment_minibatch/{name}"] = cosine if wd[name] > 0 else math.nan
             values[f"implied_weight_decay/{name}"] = -products[name] / norms[name] ** 2
             values[f"frobenius_norm/{name}"] = norms[name]
+        for name in spectral:
             values[f"spectral_norm/{name}"] = top[name]
             values[f"stable_rank/{name}"] = (norms[name] / top[name]) ** 2
         return values

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lightning_lowrank import LowRankMonitor
+from lightning_lowrank.callbacks._keys import SPECTRAL_KEYS
+from lightning_lowrank.callbacks._spectra import RTOL
 from tests.callbacks.matrix import INTERVAL, SETUPS, WINDOW, Oracle, Recorder, loader, table
 from tests.conftest import RowLogger, make_classifier, make_trainer
 
@@ -29,7 +31,7 @@ def run(name, mode, monitored=True):
         else:
             module.training_step = lambda batch, batch_idx: own(batch, batch_idx) + setup.loss(module.net)
     logger, recorder = RowLogger(), Recorder(setup)
-    monitor = LowRankMonitor(gradient=mode, window_size=WINDOW, **setup.monitor)
+    monitor = LowRankMonitor(gradient=mode, window_size=WINDOW, spectral_budget=1.0, **setup.monitor)
     options = setup.trainer()
     others = options.pop("callbacks", [])
     trainer = make_trainer(
@@ -48,10 +50,11 @@ def run(name, mode, monitored=True):
     return module, trainer, logger, recorder, torch.get_rng_state()
 
 
-def compare(found, expected, rtol, context):
+def compare(found, expected, rtol, context, iterated=False):
     for key, value in expected.items():
-        # Where <W, G> cancels it is exact to 1e-6 of |W| |G|.
-        assert found[f"lowrank/{key}"] == pytest.approx(value, rel=rtol, abs=max(2e-6, rtol / 50), nan_ok=True), (
+        # Where <W, G> cancels it is exact to 1e-6 of |W| |G|. An iterated norm is right to 1e-3.
+        rel = 2.1 * RTOL if iterated and key.split("/")[0] in SPECTRAL_KEYS else rtol
+        assert found[f"lowrank/{key}"] == pytest.approx(value, rel=rel, abs=max(2e-6, rtol / 50), nan_ok=True), (
             key, context,
         )  # fmt: skip
 
@@ -76,7 +79,7 @@ def test_every_value_agrees_with_an_independent_recomputation(name, mode):
         if step < 3:
             expected = {key: value for key, value in expected.items() if not key.startswith("norm_")}
         before = step
-        compare(row, expected, setup.rtol, step)
+        compare(row, expected, setup.rtol, step, setup.iterated)
         if setup.groups and step >= 3:
             assert row["lowrank/homogeneity_defect"] <= (1e-6 if setup.rtol == 1e-4 else 1e-2) or name == "bfloat16"
         if mode == "window" and setup.decay == "coupled":

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tests.conftest import RowLogger, make_classifier, make_data, make_trainer, mlp
 
 logger = RowLogger()
-monitor = LowRankMonitor(gradient=sys.argv[3], window_size=6)
+monitor = LowRankMonitor(gradient=sys.argv[3], window_size=6, spectral_budget=1.0)
 trainer = make_trainer(strategy="ddp", devices=2, logger=logger, callbacks=[monitor])
 module = make_classifier(mlp())
 sampler = DistributedSampler(make_data(), 2, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
@@ -58,7 +58,7 @@ def test_two_ranks_measure_what_one_process_would_on_both_batches(tmp_path, batc
     assert first["metrics"] == second["metrics"]
     assert first["weight"] == second["weight"]
     logger = RowLogger()
-    monitor = LowRankMonitor(gradient=gradient, window_size=6)
+    monitor = LowRankMonitor(gradient=gradient, window_size=6, spectral_budget=1.0)
     make_trainer(logger=logger, callbacks=[monitor]).fit(make_classifier(mlp()), make_loader(batch_size=2 * batch_size))
     found = [row.get("lowrank/alignment", math.nan) for _, row in first["rows"]]
     assert (

@@ -48,12 +48,12 @@ def test_a_failing_measurement_warns_once_and_leaves_nan(monkeypatch):
         raise RuntimeError("no such thing")
 
     logger = RowLogger()
-    monitor = LowRankMonitor()
+    monitor = LowRankMonitor(spectral_budget=1.0)
 
     class Break(lightning.pytorch.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 3:
-                monkeypatch.setattr("lightning_lowrank.callbacks._meter.spectral_norm", fail)
+                monkeypatch.setattr("lightning_lowrank.callbacks._spectra.leading", fail)
 
     trainer = make_trainer(logger=logger, callbacks=[Break(), monitor])
     with pytest.warns(UserWarning, match="measures no more in this run: no such thing") as caught:

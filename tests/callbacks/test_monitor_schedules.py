@@ -206,11 +206,11 @@ def test_patterns_that_match_nothing_are_named():
 
 
 def test_watching_a_key_without_spectra_measures_none(monkeypatch):
-    from lightning_lowrank.callbacks import _meter
+    from lightning_lowrank.callbacks import _spectra
 
     calls = []
-    exact = _meter.spectral_norm
-    monkeypatch.setattr(_meter, "spectral_norm", lambda *args: calls.append(1) or exact(*args))
+    exact = _spectra.leading
+    monkeypatch.setattr(_spectra, "leading", lambda *args: calls.append(1) or exact(*args))
     stopping = EarlyStopping("lowrank/alignment_minibatch", mode="max", patience=99)
     trainer = make_trainer(callbacks=[LowRankMonitor(), stopping], log_every_n_steps=50, max_epochs=4)
     trainer.fit(make_classifier(mlp()), make_loader())

@@ -40,7 +40,7 @@ def shard(net):
 module = make_classifier(mlp())
 module.net = shard(module.net)
 logger = RowLogger()
-monitor = LowRankMonitor(gradient="window", window_size=6)
+monitor = LowRankMonitor(gradient="window", window_size=6, spectral_budget=1.0)
 trainer = make_trainer(logger=logger, callbacks=[monitor], max_epochs=4)
 trainer.fit(module, make_loader())
 with open(f"{folder}/{rank}.json", "w") as file:
@@ -76,7 +76,7 @@ def run(folder, case, world):
 )
 def test_ranks_log_what_one_process_would(tmp_path, case, world):
     ranks = run(tmp_path, case, world)
-    logger, monitor = RowLogger(), LowRankMonitor(gradient="window", window_size=6)
+    logger, monitor = RowLogger(), LowRankMonitor(gradient="window", window_size=6, spectral_budget=1.0)
     make_trainer(logger=logger, callbacks=[monitor], max_epochs=4).fit(make_classifier(mlp()), make_loader())
     for rank in ranks:
         assert rank["regimes"] == {name: str(found.regime) for name, found in monitor.regimes().items()}

@@ -41,7 +41,9 @@ def radial_balance(step):
 
 def test_radial_balance_is_the_mean_over_the_measured_steps_with_its_standard_error():
     logger, recorder = RowLogger(), Recorder()
-    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor(), recorder], log_every_n_steps=6, max_epochs=4)
+    trainer = make_trainer(
+        logger=logger, callbacks=[LowRankMonitor(spectral_budget=1.0), recorder], log_every_n_steps=6, max_epochs=4
+    )
     trainer.fit(make_classifier(mlp()), make_loader())
     balances = np.array([radial_balance(step) for step in recorder.steps])
     for (step, row), window in zip(logger.ours(), balances.reshape(2, 6), strict=True):
@@ -51,7 +53,9 @@ def test_radial_balance_is_the_mean_over_the_measured_steps_with_its_standard_er
 
 def test_norm_spread_is_that_of_the_chain_and_1_after_full_batch_training_with_decay():
     logger = RowLogger()
-    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor()], max_epochs=600, log_every_n_steps=100)
+    trainer = make_trainer(
+        logger=logger, callbacks=[LowRankMonitor(spectral_budget=1.0)], max_epochs=600, log_every_n_steps=100
+    )
     trainer.fit(make_classifier(mlp()), make_loader(batch_size=24))
     rows = [row for _, row in logger.ours()]
     for row in rows:
@@ -63,16 +67,16 @@ def test_norm_spread_is_that_of_the_chain_and_1_after_full_batch_training_with_d
 
 def test_norm_spread_is_nan_where_no_rescaling_group_is_found():
     logger = RowLogger()
-    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor()], max_epochs=4)
+    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor(spectral_budget=1.0)], max_epochs=4)
     trainer.fit(make_classifier(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))), make_loader())
     assert all(math.isnan(row["lowrank/norm_spread"]) for _, row in logger.ours())
 
 
 def test_effective_rank_is_that_of_the_weights():
     logger, recorder = RowLogger(), Recorder()
-    make_trainer(logger=logger, callbacks=[LowRankMonitor(spectral="full"), recorder], max_epochs=1).fit(
-        make_classifier(mlp()), make_loader()
-    )
+    make_trainer(
+        logger=logger, callbacks=[LowRankMonitor(spectral="full", spectral_budget=1.0), recorder], max_epochs=1
+    ).fit(make_classifier(mlp()), make_loader())
     for (_, row), step in zip(logger.ours(), recorder.steps, strict=True):
         share = np.linalg.svd(step["net.2.weight"][0], compute_uv=False)
         share = share / share.sum()
