@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
+from models import GPT, machine
 from torch import nn
 from torchvision.models import ResNet, resnet18
 
@@ -32,18 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 Contenders = dict[str, Callable[[], object]]
 
 
-class Block(nn.Module):
-    """The parameters of one of GPT-2's blocks; only their shapes matter here."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "GPT-2 blocks": lambda: nn.Sequential(*(Block(768) for _ in range(12))),
+    "GPT-2 blocks": lambda: GPT().blocks,
     "ResNet-18": resnet18,
 }
 
@@ -136,14 +126,6 @@ def medians(every: Contenders, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def cpu_name() -> str:
-    """The processor's model, as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def table(results: dict[str, dict[str, float]]) -> str:
     """The times of all models, and each contender's share of the step, the sum and the training step."""
     lines = ["| model | contender | ms | / SGD.step | / sum() | / training step |", "|---|---|---|---|---|---|"]
@@ -166,7 +148,7 @@ def main(rounds: int = 21, threads: int = 2) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     results = {name: medians(contenders(make()), rounds) for name, make in MODELS.items()}
-    setting = {"cpu": cpu_name(), "threads": threads, "torch": torch.__version__, "rounds": rounds}
+    setting = machine(rounds=rounds)
     title = ", ".join(f"{key}: {value}" for key, value in setting.items())
     share = share_of_training(results["ResNet-18"])
     summary = f"ResNet-18 at batch 64, gradient='window' at the defaults: {share:.2%} of training"
