@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,13 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_lowrank.layers import _FUSED, _HEADS, _OUTPUT, _out_dim
 from lightning_lowrank.naming import strip_wrappers
+from lightning_lowrank.weight_files import Weight, named_weights
 
 _QKV = ("query", "key", "value")
 _GATES = {4: ("input", "forget", "cell", "output"), 3: ("reset", "update", "new")}
@@ -39,7 +35,10 @@ _BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 # Entries of a state dict that are no weights although they may have two or more dimensions.
 _NO_WEIGHT = re.compile(r"bias|(.*_)?mask|(cos|sin)_cached")
 _EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
+_NORMALISATION = re.compile(r"(?:.*_)?(?:layer|group)?_?norm_?\d*", re.IGNORECASE)
 _GATED = re.compile(r"weight_(ih|hh|hr)((?:_l\d+)?(?:_reverse)?)")
+# Channels that a picture has at most.
+_PICTURE = 4
 # Normalisations whose gain may have several dimensions.
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
 _FORMS = (
@@ -117,61 +116,6 @@ class Layout:
 Overrides = Mapping[str, "Layout | str | None"]
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A parameter of a module, or the weight that a parametrisation makes.
-
-    Attributes:
-        path: Where its module is, as ``named_modules`` calls it.
-        owner: The module.
-        key: Its name in the module.
-    """
-
-    path: str
-    owner: nn.Module
-    key: str
-
-    def value(self) -> Tensor:
-        """The effective weight, computed if it is parametrised; nothing is changed by that."""
-        with torch.no_grad():
-            if self.key in _parametrised(self.owner):
-                # In training mode a spectral normalisation would move its power iteration on.
-                with _evaluating(_parametrised(self.owner)[self.key]):
-                    effective: Tensor = getattr(self.owner, self.key)
-                    return effective.detach()
-            hook = next((hook for hook in _hooks(self.owner) if hook.name == self.key), None)
-            if hook is None:
-                return self.owner.get_parameter(self.key).detach()
-            # What the attribute holds is that of the last forward pass.
-            arguments = (self.owner, False) if isinstance(hook, SpectralNorm) else (self.owner,)
-            made: Tensor = hook.compute_weight(*arguments)
-            return made.detach()
-
-
-def named_weights(module: nn.Module) -> dict[str, Weight]:
-    """All parameters by name, without wrappers' prefixes; tied ones once, parametrised ones as the effective weight.
-
-    Example:
-        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
-        >>> {name: tuple(weight.value().shape) for name, weight in named_weights(layer).items()}
-        {'weight': (3, 2), 'bias': (3,)}
-    """
-    inner = {id(part) for m in module.modules() for made in _parametrised(m).values() for part in made.modules()}
-    found: dict[str, Weight] = {}
-    seen: set[int] = set()
-    for path, owner in module.named_modules():
-        if id(owner) in inner:
-            continue
-        made = [*_parametrised(owner), *(hook.name for hook in _hooks(owner))]
-        sources = {f"{key}_{end}" for key in made for end in ("g", "v", "orig")}
-        own = [(key, id(p)) for key, p in owner.named_parameters(recurse=False) if _has_shape(p) and key not in sources]
-        for key, identity in [*((key, 0) for key in made), *own]:
-            if identity not in seen:
-                seen |= {identity} - {0}
-                found[strip_wrappers(f"{path}.{key}" if path else key)] = Weight(path, owner, key)
-    return found
-
-
 def weight_layouts(module: nn.Module, overrides: Overrides | None = None) -> dict[str, Layout]:
     """How each weight of a module is read as a matrix; vectors and scalars, and gains of normalisations, are left out.
 
@@ -220,7 +164,7 @@ def layouts_of_parameters(
         if len(shape) > 1 and name in weights:
             found[name] = _of_weight(weights[name], tuple(shape), modules)
         elif len(shape) > 1:
-            found[name] = None if name in hidden else _of_name(name, tuple(shape), shapes, set())
+            found[name] = None if name in hidden else _of_name(name, tuple(shape), shapes, False)
     return _overridden(found, shapes, overrides)
 
 
@@ -242,12 +186,12 @@ def layouts_of_names(shapes: Mapping[str, Sequence[int]], overrides: Overrides |
         >>> {name: (layout.parts, layout.part_dim) for name, layout in layouts.items()}
         {'h.0.attn.c_attn.weight': (('query', 'key', 'value'), 1)}
     """
-    found: dict[str, Layout | None] = {}
-    channels: set[int] = set()
-    for name, shape in shapes.items():
-        if len(shape) > 1:
-            found[name] = _of_name(name, tuple(shape), shapes, channels)
-        channels |= set(shape[:1])
+    depthwise = _depthwise(shapes)
+    found = {
+        name: _of_name(name, tuple(shape), shapes, name in depthwise)
+        for name, shape in shapes.items()
+        if len(shape) > 1
+    }
     return _overridden(found, shapes, overrides)
 
 
@@ -314,16 +258,14 @@ def _projection(child: str, parent: nn.Module, shape: tuple[int, ...], dim: int)
     return _fused(child, shape, dim, queries) or plain
 
 
-def _of_name(
-    name: str, shape: tuple[int, ...], shapes: Mapping[str, Sequence[int]], channels: set[int]
-) -> Layout | None:
+def _of_name(name: str, shape: tuple[int, ...], shapes: Mapping[str, Sequence[int]], depthwise: bool) -> Layout | None:
     """The layout of an entry of a state dict; None where it is no matrix."""
     *path, key = name.split(".")
     owner = ".".join(path)
     while path and path[-1] in _BETWEEN:
         path.pop()
     child = path[-1] if path else ""
-    if _NO_WEIGHT.fullmatch(key):
+    if _NO_WEIGHT.fullmatch(key) or (key == "weight" and _NORMALISATION.fullmatch(child)):
         return None
     if key == "in_proj_weight" and shape[0] == 3 * shape[1]:
         return Layout("fused attention", parts=_QKV)
@@ -334,16 +276,34 @@ def _of_name(
             return _projection_of_name(child, ".".join(path[:-1]), shape, shapes)
         return Layout("embedding" if _EMBEDDING.search(child) else "linear")
     if key == "weight" and "experts" not in path:
-        # One input channel in the midst of a network: a channel of its own for each kernel.
-        depthwise = shape[1] == 1 and shape[0] in channels
         return Layout("convolution", groups=shape[0] if depthwise else 1)
     return _unnamed(name, shape)
+
+
+def _depthwise(shapes: Mapping[str, Sequence[int]]) -> set[str]:
+    """The kernels of one input channel that are depthwise, as far as shapes can tell.
+
+    Others are the first layer, unless another one takes a picture's few channels or tokens, and the transposed
+    convolution that makes a grey picture at the end.
+    """
+    matrices = {name: tuple(shape) for name, shape in shapes.items() if len(shape) > 1}
+    kernels = {name: shape for name, shape in matrices.items() if len(shape) > 2 and name.endswith("weight")}
+    made = {shape[0] for shape in kernels.values()}
+    single = [name for name, shape in kernels.items() if shape[1] == 1 < shape[0]]
+    has_first = any(1 < shape[1] <= _PICTURE and shape[1] not in made for shape in kernels.values())
+    has_first |= any(_EMBEDDING.search(name) for name, shape in matrices.items() if len(shape) == 2)
+    found = set(single if has_first else single[1:]) - set(list(matrices)[-1:])
+    biases = {name: shapes.get(f"{name.removesuffix('weight')}bias") for name in found}
+    return {name for name, bias in biases.items() if bias is None or tuple(bias) == matrices[name][:1]}
 
 
 def _projection_of_name(child: str, parent: str, shape: tuple[int, ...], shapes: Mapping[str, Sequence[int]]) -> Layout:
     """Queries, keys and values in a state dict; the output projection's inputs tell how many queries there are."""
     outputs = [shapes.get(f"{parent}.{name}.weight", ()) for name in (*_OUTPUT, "to_out.0")]
     output = next((shape for shape in outputs if len(shape) == 2), (0, 0))
+    if child == "qkv_proj" and f"{parent}.out_proj.weight" in shapes:
+        # So CodeGen calls them, which has an order of its own.
+        return Layout("linear")
     # transformers' Conv1D has its outputs last.
     for dim in (0, 1) if child == "c_attn" else (0,):
         if f"{parent}.q_attn.weight" in shapes:
@@ -441,30 +401,3 @@ def _count(module: nn.Module, names: Sequence[str]) -> int:
             if isinstance(number := getattr(holder, name, None), int) and number > 0:
                 return number
     return 0
-
-
-def _parametrised(owner: nn.Module) -> dict[str, nn.Module]:
-    """What makes the parametrised weights of a module, by the weight's name."""
-    made: Any = owner.parametrizations if is_parametrized(owner) else {}
-    return dict(made.items())
-
-
-def _hooks(owner: nn.Module) -> Iterator[Any]:
-    """The old weight and spectral normalisations, which recompute a weight before every forward pass."""
-    return (hook for hook in owner._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm)))
-
-
-def _has_shape(parameter: Tensor) -> bool:
-    return not isinstance(parameter, UninitializedParameter)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode, every part put back after."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
