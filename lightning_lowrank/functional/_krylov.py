@@ -35,6 +35,7 @@ _FRESH_STEPS = 4
 _KEPT = 2
 # More steps than any but adversarial spectra need.
 _MOST_STEPS = 400
+# Vectors that there is room for at first.
 _ROOM = 16
 # Norms of W^H W q within which squares neither overflow float32 nor lose its digits.
 _SAFE = (1e-24, 1e24)
@@ -142,19 +143,21 @@ def _iterate(matrix: Matrix, rtol: float, seed: int, start: Tensor | None) -> To
             # The first product shows whether float32 can hold the rest.
             if len(search.betas) == 1 and not matrix.agree(space.is_safe()):
                 return None
-        ritz = space.ritz()
-        if not matrix.agree(math.isfinite(ritz.error)):
-            return None
-        search.look(ritz)
+        within = space.within()
         # All processes have the same numbers, up to the rounding of unlike processors.
-        done = matrix.agree((ritz.error <= rtol and search.missing <= 0) or space.count == space.size)
-        if done or space.count == space.most:
-            top = space.combine(ritz.vectors[:, -_KEPT:]).flip(0)
-            return Top(math.sqrt(max(ritz.top, 0.0)), top, done, space.count)
+        if not matrix.agree(bool(within.isfinite().all())):
+            return None
+        if matrix.agree(search.look(within) or space.count == space.most):
+            ritz = space.ritz(within)
+            done = matrix.agree((ritz.error <= rtol and search.missing <= 0) or space.count == space.size)
+            if done or space.count == space.most:
+                return Top(
+                    math.sqrt(max(ritz.top, 0.0)), space.combine(ritz.vectors[:, -_KEPT:]).flip(0), done, space.count
+                )
+            if warm:
+                following, _ = space.unit(ritz.residual)
+                search.betas.clear()
         steps = search.steps()
-        if warm and search.missing <= 0:
-            following, _ = space.unit(ritz.residual)
-            search.betas.clear()
 
 
 class _Search:
@@ -174,17 +177,22 @@ class _Search:
         self._tolerance = tolerance
         self._reached = [(0, 0.0), (0, 0.0)]
 
-    def look(self, ritz: _Ritz) -> None:
-        """How far log p_k at the square of (1 + tolerance) sigma_1 is from what it has to be."""
-        if self.missing <= 0:
-            return
-        within = ritz.within[self._since :, self._since :]
-        values = ritz.values if self._since == 0 else torch.linalg.eigvalsh(within)
-        tiny = torch.finfo(torch.float64).tiny
-        polynomial = (ritz.top * (1 + self._tolerance) ** 2 - values).log().sum().item()
-        growth = polynomial - math.fsum(math.log(max(beta, tiny)) for beta in self.betas)
-        self._reached = [self._reached[-1], (len(self.betas), growth)]
-        self.missing = self._needed - growth
+    def look(self, within: Tensor) -> bool:
+        """Whether log p_k at the square of (1 + tolerance) sigma_1 is as large as it has to be.
+
+        Args:
+            within: As :meth:`_Space.within` returns it.
+        """
+        if self.missing > 0:
+            every = torch.linalg.eigvalsh(within)
+            values = every if self._since == 0 else torch.linalg.eigvalsh(within[self._since :, self._since :])
+            beyond = float(every[-1]) * (1 + self._tolerance) ** 2
+            tiny = torch.finfo(torch.float64).tiny
+            growth = (beyond - values).log().sum().item()
+            growth -= math.fsum(math.log(max(beta, tiny)) for beta in self.betas)
+            self._reached = [self._reached[-1], (len(self.betas), growth)]
+            self.missing = self._needed - growth
+        return self.missing <= 0
 
     def steps(self) -> int:
         """Steps until the next look, from how fast log p_k grew lately."""
@@ -198,7 +206,6 @@ class _Search:
 class _Ritz(NamedTuple):
     """Eigenvalues, ascending, and -vectors of W^H W within a space."""
 
-    within: Tensor
     values: Tensor
     vectors: Tensor
     residual: Tensor
@@ -213,7 +220,7 @@ class _Ritz(NamedTuple):
         residual = torch.linalg.vector_norm(self.residual).item()
         gap = self.top - (float(self.values[-2]) if len(self.values) > 1 else 0.0)
         squared = min(residual, residual**2 / gap) if gap > 0 else residual
-        return squared / (2 * self.top) if self.top != 0 else math.inf if math.isfinite(squared) else math.nan
+        return squared / (2 * self.top) if self.top > 0 else math.inf
 
 
 class _Space:
@@ -225,39 +232,53 @@ class _Space:
         self.count = 0
         self._first, self._second = (matrix.mv, matrix.rmv) if is_tall(matrix.shape) else (matrix.rmv, matrix.mv)
         self._scale = 0.0
-        self._make_room(torch.zeros(2, 0, self.size, dtype=matrix.dtype, device=matrix.device), min(_ROOM, self.most))
+        self._complex = matrix.dtype.is_complex
+        empty = torch.zeros(0, 0, dtype=matrix.dtype, device=matrix.device)
+        self._rows, self._columns = empty.new_zeros(2, 0, self.size), empty
+        self._make_room(min(_ROOM, self.most))
 
-    def _make_room(self, rows: Tensor, room: int) -> None:
-        # Rows that are still zero take no part, so nothing has to be cut to size at every step.
-        new = rows.new_zeros(2, room, self.size)
-        new[:, : rows.shape[1]] = rows
-        self._stored = new
-        basis, products = new
-        self._bras, self._kets = basis.conj(), basis.mT
-        self._vectors, self._products = basis.unbind(), products.unbind()
+    def _make_room(self, room: int) -> None:
+        rows, columns = self._rows, self._columns
+        # Not filled with zeros: that would wake threads, which then keep a core busy that another matrix needs.
+        self._rows, self._columns = rows.new_empty(2, room, self.size), rows.new_empty(room, room)
+        self._rows[:, : rows.shape[1]] = rows
+        self._columns[: len(columns), : len(columns)] = columns
+        self._limit()
+
+    def _limit(self) -> None:
+        """The basis as far as it goes, for sums over its vectors."""
+        basis = self._rows[0, : self.count]
+        self._bras, self._kets = (basis.conj() if self._complex else basis), basis.mT
 
     def expand(self, vector: Tensor) -> tuple[Tensor, float]:
         """Take a unit vector into the basis; returns the next one of its Krylov space, and its norm before scaling."""
-        if self.count == len(self._vectors):
-            self._make_room(self._stored, min(2 * self.count, self.most))
+        count = self.count
+        if count == len(self._columns):
+            self._make_room(min(2 * count, self.most))
         product = self._second(self._first(vector))
-        self._vectors[self.count].copy_(vector)
-        self._products[self.count].copy_(product)
+        self._rows[0, count] = vector
+        self._rows[1, count] = product
         self.count += 1
-        return self.unit(product)
+        self._limit()
+        coefficients = self._bras.mv(product)
+        self._columns[count, : self.count].copy_(coefficients)
+        return self._scaled(torch.addmv(product, self._kets, coefficients, alpha=-1))
 
     def unit(self, vector: Tensor) -> tuple[Tensor, float]:
-        """What the basis does not have of a vector, with norm one, and its norm before.
+        """What the basis does not have of a vector, with norm one, and its norm before."""
+        return self._scaled(torch.addmv(vector, self._kets, self._bras.mv(vector), alpha=-1))
 
-        Projected out twice: once leaves what rounding put in (Giraud et al., 2005). Where an invariant subspace is
-        complete only rounding is left; orthogonalised once more it is a new direction like any other.
+    def _scaled(self, vector: Tensor) -> tuple[Tensor, float]:
+        """A vector from which the basis was projected out, with norm one; it is changed in place.
+
+        The basis is projected out again: once leaves what rounding put in (Giraud et al., 2005). Where an invariant
+        subspace is complete only rounding is left; orthogonalised once more it is a new direction like any other.
         """
-        vector = torch.addmv(vector, self._kets, self._bras.mv(vector), alpha=-1)
         vector.addmv_(self._kets, self._bras.mv(vector), alpha=-1)
         norm = torch.linalg.vector_norm(vector).item()
         self._scale = max(self._scale, norm)
         if norm >= _CANCELLED * self._scale or not math.isfinite(norm):
-            return vector / norm, norm
+            return vector.div_(norm), norm
         vector /= max(norm, torch.finfo(vector.dtype).tiny)
         vector.addmv_(self._kets, self._bras.mv(vector), alpha=-1)
         again = torch.linalg.vector_norm(vector).item()
@@ -266,24 +287,26 @@ class _Space:
 
     def is_safe(self) -> bool:
         """Whether the latest product is within the range in which squares can be trusted."""
-        return _SAFE[0] < float(torch.linalg.vector_norm(self._products[self.count - 1])) < _SAFE[1]
+        return _SAFE[0] < float(torch.linalg.vector_norm(self._rows[1, self.count - 1])) < _SAFE[1]
 
-    def ritz(self) -> _Ritz:
-        """Rayleigh-Ritz: the matrix within the basis, and the residual of its top eigenvector."""
-        basis, products = self._stored[:, : self.count]
-        within = (basis.conj() @ products.mT).cpu()
-        within = within.to(torch.complex128 if within.is_complex() else torch.float64)
-        within = (within + within.mH) / 2
-        if not within.isfinite().all():
-            return _Ritz(within, torch.full((self.count,), math.nan), within, basis[0] * math.nan)
+    def within(self) -> Tensor:
+        """The matrix within the basis, from what each product had of the vectors up to its own; float64, on the CPU."""
+        rows = self._columns[: self.count, : self.count].tril().cpu()
+        rows = rows.to(torch.complex128 if rows.is_complex() else torch.float64)
+        # Row k has <q_j, G q_k> for j up to k: the upper triangle, column by column.
+        return rows.mT + rows.tril(-1).conj()
+
+    def ritz(self, within: Tensor) -> _Ritz:
+        """Rayleigh-Ritz: eigenvalues and -vectors within the basis, and the residual of the top one."""
         values, vectors = torch.linalg.eigh(within)
+        basis, products = self._rows[:, : self.count]
         top = vectors[:, -1].to(basis.device, basis.dtype)
         self._scale = max(self._scale, float(values[-1]))
-        return _Ritz(within, values, vectors, products.mT.mv(top) - float(values[-1]) * basis.mT.mv(top))
+        return _Ritz(values, vectors, products.mT.mv(top) - float(values[-1]) * basis.mT.mv(top))
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """The basis' combinations, shape ``(count, size)``, from coefficients of shape ``(basis, count)``."""
-        basis = self._stored[0, : self.count]
+        basis = self._rows[0, : self.count]
         found: Tensor = coefficients.mT.to(basis.device, basis.dtype) @ basis
         return found
 
