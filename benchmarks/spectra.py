@@ -122,7 +122,7 @@ def weightwatcher(model: nn.Module | None) -> None:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module) -> Iterator[list[float]]:
+def watching(model: nn.Module, log_freq: int = 1) -> Iterator[list[float]]:
     """wandb.watch on the model in an offline run; collects the seconds that its histograms take."""
     import wandb
     from wandb.integration.torch.wandb_torch import TorchHistory
@@ -137,7 +137,7 @@ def watching(model: nn.Module) -> Iterator[list[float]]:
 
     TorchHistory.log_tensor_stats = timed
     with tempfile.TemporaryDirectory() as folder, wandb.init(mode="offline", dir=folder, project="bench") as run:
-        run.watch(model, log="all", log_freq=1)
+        run.watch(model, log="all", log_freq=log_freq)
         try:
             yield spent
         finally:

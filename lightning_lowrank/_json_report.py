@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+
+class Saved:
+    """A dataclass that can be written as JSON; the base of every report."""
+
+    schema_version: ClassVar[int] = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data with a schema version; NaN stays NaN."""
+        return {"schema_version": self.schema_version, **asdict(self)}  # type: ignore[call-overload]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as JSON, NaN as null.
+
+        Raises:
+            ValueError: If the name does not end in .json, or the folder does not exist.
+        """
+        return write_report(path, self.to_dict())
 
 
 def write_report(path: str | Path, content: dict[str, Any]) -> Path:

@@ -156,7 +156,6 @@ def _measured(name: str, tensor: Tensor, layout: Layout, full: bool) -> MatrixSp
     if finite:
         top = sigma[0].item() if len(sigma) else _largest(blocks)
     known = len(sigma) > 0
-    rank = numerical_rank(sigma, (rows, columns), tensor.dtype) if known else nan
     return MatrixSpectrum(
         name=name,
         kind=layout.kind,
@@ -170,8 +169,7 @@ def _measured(name: str, tensor: Tensor, layout: Layout, full: bool) -> MatrixSp
         operator_norm=_operator_norm(tensor, layout) if finite else nan,
         stable_rank=(frobenius / top) ** 2 if top > 0 else nan,
         effective_rank=effective_rank(sigma) if known else nan,
-        # Where rounding to a short type is as large as the norm itself nothing is above it, which is no rank.
-        numerical_rank=nan if rank == 0 and top > 0 else rank,
+        numerical_rank=numerical_rank(sigma, (rows, columns), tensor.dtype) if known else nan,
         energy_outside_1=energy_outside(sigma, 1) if known else nan,
         energy_outside_8=energy_outside(sigma, 8) if known else nan,
         singular_values=tuple(sigma.tolist()),

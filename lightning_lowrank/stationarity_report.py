@@ -16,13 +16,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lightning_lowrank._compat import as_list
-from lightning_lowrank._json_report import read_report, write_report
+from lightning_lowrank._json_report import Saved, read_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
 # Of the printed table: room for long names.
 _WIDTH = 120
 
@@ -64,7 +63,7 @@ class LayerStationarity:
 
 
 @dataclass(frozen=True)
-class StationarityReport:
+class StationarityReport(Saved):
     """How far a network is from a stationary point of its L2-regularised loss, measured at fixed weights.
 
     Alignment, residual and radial balance are over all parameters that are decayed through the gradient, but for
@@ -106,18 +105,6 @@ class StationarityReport:
     spectral_ratio_bound: float
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data with a schema version; NaN stays NaN."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    def save(self, path: str | Path) -> Path:
-        """Write the report as JSON, NaN as null.
-
-        Raises:
-            ValueError: If the name does not end in .json, or the folder does not exist.
-        """
-        return write_report(path, self.to_dict())
-
     @classmethod
     def load(cls, path: str | Path) -> StationarityReport:
         """Read a report that :meth:`save` wrote.
@@ -126,7 +113,7 @@ class StationarityReport:
             ValueError: If the file is no report, or of another schema.
         """
         try:
-            content = {key: _without_null(value) for key, value in read_report(path, SCHEMA_VERSION).items()}
+            content = {key: _without_null(value) for key, value in read_report(path, cls.schema_version).items()}
             for key in ("alignment", "residual", "radial_balance"):
                 low, high = content[f"{key}_interval"]
                 content[f"{key}_interval"] = (low, high)

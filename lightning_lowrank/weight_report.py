@@ -18,14 +18,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lightning_lowrank._compat import as_list
-from lightning_lowrank._json_report import read_report, write_report
+from lightning_lowrank._json_report import Saved, read_report
 from lightning_lowrank.stationarity_report import _shown, _without_null
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
 # Of the printed table: room for long names.
 _WIDTH = 150
 # Names that fit beside the figure's axis, points that a line is drawn with, and the smallest ratio that is shown.
@@ -78,7 +77,7 @@ class MatrixSpectrum:
 
 
 @dataclass(frozen=True)
-class WeightReport:
+class WeightReport(Saved):
     """The spectra of a network's weight matrices.
 
     Attributes:
@@ -95,18 +94,6 @@ class WeightReport:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data with a schema version; NaN stays NaN."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    def save(self, path: str | Path) -> Path:
-        """Write the report as JSON, NaN as null.
-
-        Raises:
-            ValueError: If the name does not end in .json, or the folder does not exist.
-        """
-        return write_report(path, self.to_dict())
-
     @classmethod
     def load(cls, path: str | Path) -> WeightReport:
         """Read a report that :meth:`save` wrote.
@@ -115,7 +102,7 @@ class WeightReport:
             ValueError: If the file is no report, or of another schema.
         """
         try:
-            content = read_report(path, SCHEMA_VERSION)
+            content = read_report(path, cls.schema_version)
             rows = [_without_null(row) for row in content.pop("matrices")]
             lists = ("shape", "singular_values")
             content["matrices"] = [MatrixSpectrum(**{**row, **{key: tuple(row[key]) for key in lists}}) for row in rows]

@@ -22,9 +22,9 @@ from lightning_lowrank.sharding import reduce_sums
 
 # Taking every gradient keeps whole epochs exact, but each costs 4 % of a ResNet-18's training step at batch 64. So a
 # window is followed by a rest of some windows' length, unless the model is so small that nobody would notice.
-_REST = 6
+_REST = 8
 _SMALL_MODEL = 1_000_000
-# |theta - theta at the start| / |theta| from which on no window can end well: it starts again at once.
+# |theta - theta at the start| / |theta| from which on no window can end well: it is given up.
 _FAR = 0.1
 # Entries whose movement is watched, and gradients between two looks.
 _WATCHED = 1 << 14
@@ -102,10 +102,14 @@ class GradientWindow:
                 " measure_stationarity(module, dataloader) needs no such knowledge."
             )
         elif self._sampling is None:
+            # A run that is shorter than the first rest would else pay for its window all the time.
+            self._resting = self.rest if rest is None else 0
             between = f", with {self.rest} steps between two of them" if self.rest else ""
+            after = self._resting + self.size
             rank_zero_info(
                 f"LowRankMonitor: alignment and residual come from windows of {self.size} steps{between}; the first has"
-                f" its value after {self.size} steps in which the weights hardly move."
+                f" its value after {after} steps, if the weights hardly move in the last {self.size}."
+                + (" window_rest=0 measures all the time." if self._resting else "")
             )
         self._sampling = sampling
 
@@ -138,9 +142,10 @@ class GradientWindow:
                 if self._moved > _FAR * products.ww.sum().sqrt():
                     self._say(
                         f"the weights moved by more than {_FAR:g} of their norm within {self._done} steps, which is too"
-                        " far for a window of gradients, so it starts again"
+                        " far for a window of gradients, so another is tried later"
                     )
                     self._restart()
+                    self._resting = self.rest
         else:
             self._restart()
         return products

@@ -83,7 +83,7 @@ class LowRankMonitor(Callback):
         window_size: Optimizer steps of a window; None chooses whole epochs where they are short enough.
         window_stride: Every how many steps a window takes a gradient.
         window_rest: Steps between two windows; None keeps the cost of large models below a percent of their training,
-            by a rest of six windows' length.
+            by a rest of eight windows' length before each.
         every_n_epochs: Epochs between two passes of ``gradient="full"``.
         spectral: "norm" for the spectral norm (to 1e-3) and stable rank of every matrix, "full" for the effective rank
             as well (all singular values), None for no spectra.

@@ -143,8 +143,10 @@ def spectral_norms(
         >>> [round(norm.value, 6) for norm in spectral_norms([torch.eye(2), 2 * torch.eye(3)])]
         [1.0, 2.0]
     """
-    starts = starts or [None] * len(weights)
-    return in_threads(lambda pair: spectral_norm(pair[0], rtol, pair[1]), list(zip(weights, starts, strict=True)))
+    pairs = list(zip(weights, starts or [None] * len(weights), strict=True))
+    if any(weight.device.type != "cpu" for weight in weights):
+        return [spectral_norm(weight, rtol, start) for weight, start in pairs]
+    return in_threads(lambda pair: spectral_norm(pair[0], rtol, pair[1]), pairs)
 
 
 def stable_rank(weight: Tensor, rtol: float = 1e-3, start: Tensor | None = None, certify: bool = False) -> Bounded:

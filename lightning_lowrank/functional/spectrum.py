@@ -101,7 +101,7 @@ def numerical_rank(sigma: Tensor, shape: Sequence[int], dtype: torch.dtype = tor
         dtype: The type of the weight.
 
     Returns:
-        A whole number; NaN if a singular value is not finite.
+        A whole number; NaN if a singular value is not finite, or the type so short that its rounding hides them all.
 
     Example:
         >>> import torch
@@ -111,10 +111,10 @@ def numerical_rank(sigma: Tensor, shape: Sequence[int], dtype: torch.dtype = tor
     """
     if not sigma.isfinite().all():
         return math.nan
-    if not len(sigma):
+    if not (sigma > 0).any():
         return 0.0
-    threshold = sigma.max().item() * max(shape) * torch.finfo(dtype).eps
-    return float((sigma.double() > threshold).sum().item())
+    rounding = max(shape) * torch.finfo(dtype).eps
+    return float((sigma.double() > sigma.max().item() * rounding).sum().item()) if rounding < 1 else math.nan
 
 
 def energy_outside(sigma: Tensor, k: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lightning_lowrank._compat import as_list, is_wandb_logger
-from lightning_lowrank._json_report import read_report, write_report
+from lightning_lowrank._json_report import Saved, read_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
 # Of the printed table: wide enough for five models and long names.
 _WIDTH = 110
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Saved):
     """How two networks and their merges do on both networks' tasks.
 
     Attributes:
@@ -66,18 +65,6 @@ class MergeReport:
         parts = (key.split("/", 2) for key in self.metrics)
         return list(dict.fromkeys(metric for of_task, _, metric in parts if of_task == task))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data with a schema version; NaN stays NaN."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    def save(self, path: str | Path) -> Path:
-        """Write the report as JSON, NaN as null.
-
-        Raises:
-            ValueError: If the name does not end in .json, or the folder does not exist.
-        """
-        return write_report(path, self.to_dict())
-
     @classmethod
     def load(cls, path: str | Path) -> MergeReport:
         """Read a report that :meth:`save` wrote.
@@ -86,7 +73,7 @@ class MergeReport:
             ValueError: If the file is no report, or of a newer schema.
         """
         try:
-            content = read_report(path, SCHEMA_VERSION)
+            content = read_report(path, cls.schema_version)
             content["metrics"] = {k: math.nan if v is None else float(v) for k, v in content["metrics"].items()}
             return cls(**content)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -184,6 +184,7 @@ def test_numerical_rank_is_that_of_numpy():
         expected = np.linalg.matrix_rank(weight.numpy())
         assert numerical_rank(singular_values(weight), weight.shape, weight.dtype) == expected == true
     assert numerical_rank(torch.zeros(4), (4, 4)) == 0
+    assert math.isnan(numerical_rank(torch.ones(4), (4, 128), torch.bfloat16))
     assert math.isnan(numerical_rank(torch.tensor([math.nan]), (1, 1)))
 
 
