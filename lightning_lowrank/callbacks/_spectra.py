@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.functional import circular_convolution_norm, effective_rank, spectral_norm
@@ -65,7 +64,7 @@ class Spectra:
         self._full = full
         self._layouts = layouts
         self._found: dict[str, Spectrum] = {}
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Top] = {}
         self._turn: list[str] = []
         self._measured = 0
 
@@ -117,10 +116,12 @@ class Spectra:
     def _norm(self, seed: int, p: Parameter) -> float:
         layout = self._layout(p)
         plain = layout.groups == 1 and layout.rows == 1 and layout.circular is None
+        last = self._kept.get(p.name)
+        before = (last.kept, last.probe) if last is not None else (None, None)
         found: Top | None = None
         if plain and p.shard.groups and p.shape.numel() > _SMALL:
             spread = sharded_matrix(p.shard, p.value)
-            found = top_triplet(spread, RTOL, seed, self._kept.get(p.name)) if spread is not None else None
+            found = top_triplet(spread, RTOL, seed, *before) if spread is not None else None
         if found is None:
             whole = p.shard.whole(p.value)
             blocks = layout.blocks(whole)
@@ -129,11 +130,11 @@ class Spectra:
                 return max(circular_convolution_norm(kernel, layout.circular) for kernel in kernels)
             if len(blocks) > 1:
                 return block_norm(blocks, RTOL, seed)
-            found = leading(blocks[0], RTOL, seed, self._kept.get(p.name))
+            found = leading(blocks[0], RTOL, seed, *before)
             if found is None:
                 # Entries so large or small that they have to be scaled.
                 return spectral_norm(blocks[0], RTOL).value
-        self._kept[p.name] = found.kept
+        self._kept[p.name] = found
         return found.value
 
     def _layout(self, p: Parameter) -> Layout:

@@ -220,7 +220,9 @@ def frobenius_norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight, dtype=wide_dtype(weight)).item())
 
 
-def leading(matrix: Tensor, rtol: float, seed: int, start: Tensor | None = None) -> Top | None:
+def leading(
+    matrix: Tensor, rtol: float, seed: int, start: Tensor | None = None, probe: Tensor | None = None
+) -> Top | None:
     """The top singular triplet without bounds: all that a measurement needs which is repeated.
 
     Args:
@@ -228,6 +230,7 @@ def leading(matrix: Tensor, rtol: float, seed: int, start: Tensor | None = None)
         rtol: Relative accuracy.
         seed: Of the random vector.
         start: :attr:`Top.kept` of an earlier measurement.
+        probe: :attr:`Top.probe` of the same.
 
     Returns:
         None where entries are not finite, all are zero, or products leave the range of the type.
@@ -237,10 +240,10 @@ def leading(matrix: Tensor, rtol: float, seed: int, start: Tensor | None = None)
         if not _SAFE[0] < squares.diagonal().real.sum().item() < _SAFE[1]:
             return None
         values, vectors = torch.linalg.eigh(squares)
-        return Top(math.sqrt(values[-1].item()), vectors[:, -1:].mT, True, 0)
+        return Top(math.sqrt(values[-1].item()), vectors[:, -1:].mT, vectors[:, :0].mT, True, 0)
     fine = rtol < _FINE or matrix.dtype in (torch.float64, torch.complex128)
     work = wide(matrix) if fine else matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    return top_triplet(Dense(work), rtol, seed, start)
+    return top_triplet(Dense(work), rtol, seed, start, probe)
 
 
 def block_norm(blocks: Tensor, rtol: float, seed: int) -> float:
