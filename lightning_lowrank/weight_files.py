@@ -254,7 +254,9 @@ def _loaded(path: Path) -> Any:
                 f"{path} holds objects of {', '.join(classes)}, which would run code to load; if you trust it, load it"
                 " yourself and pass its state dict"
             ) from error
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        # A stray byte is looked up like an instruction: the message of that is a number.
+        told = str(error) and not isinstance(error, KeyError)
+        reason = str(error).splitlines()[0].split(". ")[0] if told else "its content is none"
         raise ValueError(f"{path} is damaged or no checkpoint of torch.save: {reason}") from error
 
 

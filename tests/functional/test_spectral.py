@@ -21,6 +21,7 @@ from lightning_lowrank.functional import (
     spectral_ratio,
     stable_rank,
 )
+from lightning_lowrank.functional.spectral import leading
 
 
 def with_spectrum(sigma, rows, columns, seed=0, dtype=torch.float32):
@@ -302,3 +303,30 @@ def test_leak_is_the_ratio_of_preactivations():
         leak(other, own, x[:, :6])
     with pytest.raises(ValueError, match="they must agree"):
         leak(other[:4], own, x)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2])
+@pytest.mark.parametrize("height", [1.02, 1.05, 1.16, 1.3, 2.0])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_what_has_changed_shows_new_directions(shape, height, noise):
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(shape, generator=generator)
+        before = leading(weight, 1e-3, seed)
+        left, right = (torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0) for n in shape)
+        changed = weight + height * before.value * torch.outer(left, right)
+        changed += noise * torch.randn(shape, generator=generator).sign()
+        found = leading(changed, 1e-3, 100 + seed, before.kept, before.probe)
+        assert found.value == pytest.approx(torch.linalg.svdvals(changed.double())[0].item(), rel=1e-3), seed
+        assert found.steps < before.steps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_matrix_that_has_not_changed_keeps_its_norm(dtype):
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before = leading(weight, 1e-3, 0)
+    for seed in range(1, 5):
+        after = leading(weight, 1e-3, seed, before.kept, before.probe)
+        assert after.value == pytest.approx(before.value, rel=1e-4)
+        assert torch.allclose(after.probe[1], weight.mH.mH @ (weight.mH @ after.probe[0]), rtol=1e-3, atol=1e-1)
+        before = after
