@@ -121,7 +121,10 @@ class Spectra:
         found: Top | None = None
         if plain and p.shard.groups and p.shape.numel() > _SMALL:
             spread = sharded_matrix(p.shard, p.value)
-            found = top_triplet(spread, RTOL, seed, *before) if spread is not None else None
+            if spread is not None:
+                found = top_triplet(spread, RTOL, seed, *before)
+                if found is None:
+                    return spectral_norm(p.shard.whole(p.value), RTOL).value
         if found is None:
             whole = p.shard.whole(p.value)
             blocks = layout.blocks(whole)
@@ -132,7 +135,7 @@ class Spectra:
                 return block_norm(blocks, RTOL, seed)
             found = leading(blocks[0], RTOL, seed, *before)
             if found is None:
-                # Entries so large or small that they have to be scaled.
+                # Entries so large or small that they have to be scaled; here as above.
                 return spectral_norm(blocks[0], RTOL).value
         self._kept[p.name] = found
         return found.value

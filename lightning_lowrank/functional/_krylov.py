@@ -36,6 +36,8 @@ _NEXT_STEPS = (2, 12)
 # warm start; smaller ones show themselves in later measurements. And the steps before the first look.
 _ALERT = 0.1
 _FRESH_STEPS = 4
+# Products after which a warm start was none: the weights are others by now, and a residual alone may overlook the top.
+_STALE = 9
 # Ritz vectors that a next measurement starts from: the top one, and the one that may overtake it.
 _KEPT = 2
 # More steps than any but adversarial spectra need.
@@ -159,6 +161,8 @@ def _iterate(matrix: Matrix, rtol: float, seed: int, start: Tensor | None, probe
         if not matrix.agree(bool(within.isfinite().all())):
             return None
         if matrix.agree(search.look(within) or space.count == space.most):
+            if probed and space.count >= _STALE:
+                return _iterate(matrix, rtol, seed, None, None)
             ritz = space.ritz(within)
             done = matrix.agree((ritz.error <= rtol and search.missing <= 0) or space.count == space.size)
             if done or space.count == space.most:

@@ -330,3 +330,14 @@ def test_a_matrix_that_has_not_changed_keeps_its_norm(dtype):
         assert after.value == pytest.approx(before.value, rel=1e-4)
         assert torch.allclose(after.probe[1], weight.mH.mH @ (weight.mH @ after.probe[0]), rtol=1e-3, atol=1e-1)
         before = after
+
+
+def test_a_start_from_other_weights_is_given_up():
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        before = leading(torch.randn(300, 200, generator=generator), 1e-3, seed)
+        other = torch.randn(300, 200, generator=generator)
+        found = leading(other, 1e-3, 100 + seed, before.kept, before.probe)
+        cold = leading(other, 1e-3, 100 + seed)
+        assert found.value == pytest.approx(torch.linalg.svdvals(other.double())[0].item(), rel=1e-3), seed
+        assert found.steps == cold.steps
