@@ -36,13 +36,18 @@ def write_report(path: str | Path, content: dict[str, Any]) -> Path:
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"a report is saved as .json, got {path.name!r}")
-    text = json.dumps(_nulled(content), indent=2, allow_nan=False)
+    text = json_text(content)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {str(path.parent)!r} to save a report in; make it first")
     # A crash while writing must not leave half a report under the final name.
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     return temporary.replace(path)
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """A report's dict as the text of a file; numbers that are not finite become null."""
+    return json.dumps(_nulled(content), indent=2, allow_nan=False) + "\n"
 
 
 def read_report(path: str | Path, version: int) -> dict[str, Any]:

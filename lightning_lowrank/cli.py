@@ -1,14 +1,18 @@
-"""The command line: ``lightning-lowrank demo`` and ``lightning-lowrank inspect``."""
+"""The command line: ``lightning-lowrank demo``, ``inspect`` and ``merge``."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -16,6 +20,7 @@ from rich.console import Console
 from lightning_lowrank import __version__
 
 if TYPE_CHECKING:
+    from lightning_lowrank.merging.policy import MergePolicy
     from lightning_lowrank.weight_report import WeightReport
 
 _FIGURES = (".png", ".pdf", ".svg")
@@ -38,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("demo", _demo_options(), help="the whole product in a minute, on scikit-learn's digits")
     commands.add_subcommand("inspect", _inspect_options(), help="norms, ranks and singular values of a checkpoint")
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    run = {"demo": _demo, "inspect": _inspect}[options.command]
+    commands.add_subcommand("merge", _merge_options(), help="merge checkpoints by summing their weights")
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(words)
+    runs: dict[str, Callable[[Any], None]] = {"demo": _demo, "inspect": _inspect, "merge": partial(_merge, words)}
     try:
-        run(options[options.command])
+        runs[options.command](options[options.command])
     except (OSError, ValueError, ImportError) as error:
         print(f"lightning-lowrank {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -85,6 +92,35 @@ def _inspect_options() -> ArgumentParser:
     return inspect
 
 
+def _merge_options() -> ArgumentParser:
+    merge = ArgumentParser(
+        description="Merge trained networks in files by summing their weights, or W0 + sum of c (W - W0) with --base."
+        " Files are Lightning checkpoints, state dicts of torch.save, safetensors (one, or an index of several) or"
+        " folders of torch.distributed.checkpoint. Nothing of them is run, and memory does not grow with them."
+    )
+    merge.add_argument("checkpoints", type=str, nargs="+", help="two or more files or folders")
+    merge.add_argument("-o", "--output", type=Path, required=True, help="the file to write: .ckpt, .pt or .safetensors")
+    merge.add_argument("--base", type=str, help="the checkpoint that all of them were trained from")
+    merge.add_argument("--coefficients", type=float, nargs="+", help="one number per checkpoint; all 1 by default")
+    merge.add_argument(
+        "--rule",
+        type=str,
+        nargs="+",
+        default=[],
+        help="rules by name or kind, as '*.head.*=first' or 'embedding=mean'; rules are sum, mean, first, equal, pooled"
+        " and error",
+    )
+    merge.add_argument("--lora-rank", type=int, help="truncate merged LoRA updates to this rank")
+    merge.add_argument("--raw", action="store_true", help="of WeightAveraging checkpoints the raw weights")
+    merge.add_argument("--evaluation", type=Path, help="a saved MergeReport of an evaluation, for the merge card")
+    merge.add_argument("--hash", type=Literal["blake3", "sha256"], default="blake3", help="used in the merge card")
+    merge.add_argument(
+        "--dry-run", action="store_true", help="print what would be done with every tensor, write nothing"
+    )
+    merge.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return merge
+
+
 def _demo(options: Any) -> None:
     from lightning_lowrank.demo import run
 
@@ -117,6 +153,65 @@ def _inspect(options: Any) -> None:
         _draw(report, options.figure)
     if options.json is not None:
         report.save(options.json)
+
+
+def _merge(words: Sequence[str], options: Any) -> None:
+    from lightning_lowrank.merging.checkpoints import merge_checkpoints, prepare
+    from lightning_lowrank.merging.report import MergeReport
+
+    policy = _policy(options.rule, options.lora_rank)
+    evaluation = None if options.evaluation is None else MergeReport.load(options.evaluation)
+    console = Console()
+    if options.dry_run:
+        plan = prepare(options.checkpoints, options.base, options.coefficients, policy, raw=options.raw)[1].plan
+        console.print(plan) if console.is_terminal else print(plan)
+        return
+    with _terminated():
+        report = merge_checkpoints(
+            options.checkpoints,
+            options.output,
+            base=options.base,
+            coefficients=options.coefficients,
+            policy=policy,
+            raw=options.raw,
+            force=options.force,
+            hash_name=options.hash,
+            evaluation=evaluation,
+            progress=sys.stderr.isatty(),
+            command=shlex.join(["lightning-lowrank", *words]),
+        )
+    console.print(report) if console.is_terminal else print(report)
+
+
+def _policy(words: Sequence[str], lora_rank: int | None) -> MergePolicy:
+    """The policy of every ``pattern=rule`` and ``kind=rule``."""
+    from lightning_lowrank.merging.kinds import Kind
+    from lightning_lowrank.merging.policy import MergePolicy
+
+    names: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    for word in words:
+        pattern, equals, rule = word.rpartition("=")
+        if not (pattern and equals):
+            raise ValueError(
+                f"--rule takes a pattern of names or a kind, and a rule, as '*.head.*=first', got {word!r}"
+            )
+        (kinds if pattern in {kind.value for kind in Kind} else names)[pattern] = rule
+    return MergePolicy(kinds, names, lora_rank=lora_rank)
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let a request to end the process unwind it, so that temporary files are removed."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_output(path: Path | None, suffixes: tuple[str, ...]) -> None:

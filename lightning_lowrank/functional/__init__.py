@@ -1,5 +1,6 @@
 """Pure functions of tensors: no Lightning, no files, no state."""
 
+from lightning_lowrank.functional.low_rank import LowRank, merge_factors
 from lightning_lowrank.functional.overlap import leak
 from lightning_lowrank.functional.rescaling import Regime, RescalingGroups, homogeneity_defect
 from lightning_lowrank.functional.spectral import (
@@ -30,6 +31,7 @@ from lightning_lowrank.functional.stationarity import (
 __all__ = [
     "Bounded",
     "InnerProducts",
+    "LowRank",
     "Regime",
     "RescalingGroups",
     "SpectralNorm",
@@ -41,6 +43,7 @@ __all__ = [
     "homogeneity_defect",
     "implied_weight_decay",
     "leak",
+    "merge_factors",
     "norm_spread",
     "numerical_rank",
     "radial_balance",

@@ -164,7 +164,12 @@ class Ensemble:
             self.calls += 1
             return average_outputs([own(*args, **kwargs), *(other(*args, **kwargs) for other in others)])
 
+        self._module = module
         module.forward = forward
+
+    def remove(self) -> None:
+        """Give the module its own ``forward`` back."""
+        del self._module.forward
 
 
 def _class_axis(outputs: Tensor, targets: Tensor) -> int | None:

@@ -1,46 +1,43 @@
-"""WeightSumMerger: merge two trained modules and see how the result does on both tasks."""
+"""WeightSumMerger: merge trained modules and see how the result does on all their tasks."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
-from lightning_lowrank._compat import Callback, LightningModule, Trainer, namespace_of, quiet
-from lightning_lowrank.merging.comparison import (
-    Comparison,
-    Ensemble,
-    Outputs,
-    as_logits,
-    average_outputs,
-    default_outputs,
-    overrides,
-    targets_of,
-)
-from lightning_lowrank.merging.modules import check_coefficients, copy_module, merge_modules
+from lightning_lowrank._compat import LightningModule, Trainer
+from lightning_lowrank.merging.card import differences
+from lightning_lowrank.merging.comparison import Outputs, default_outputs
+from lightning_lowrank.merging.engine import Merge, check_coefficients
+from lightning_lowrank.merging.modules import copy_module, merge_with_heads, with_trunk
+from lightning_lowrank.merging.policy import MergePolicy
 from lightning_lowrank.merging.report import MergeReport
+from lightning_lowrank.merging.runs import STEPS, Runs, checked_tasks
+from lightning_lowrank.merging.sweep import CoefficientSweep, candidates_for
 
-M = TypeVar("M", bound=LightningModule)
+M = TypeVar("M", bound=nn.Module)
+Models = dict[str, Any]
 
-ORIGINALS = ("m1", "m2")
-MODELS = (*ORIGINALS, "sum", "average", "ensemble")
-_STEPS = {"test": "test_step", "validate": "validation_step"}
+# What a shared start without a base means.
+_DOUBLED = "the sum counts what they started from once per network; pass it as base="
 
 
 class WeightSumMerger:
-    """Merge two trained LightningModules by summing their weights, and evaluate the result on both tasks.
+    """Merge trained LightningModules by summing their weights, and evaluate the result on all their tasks.
 
     Args:
         trainer: A Trainer whose device, precision and batch limits the evaluation uses. Its callbacks and loggers are
-            left
-            alone: the evaluation runs in a Trainer of its own. None lets Lightning choose a device.
+            left alone: the evaluation runs in a Trainer of its own. None lets Lightning choose a device.
         base: The networks' common start, see :func:`merge_modules`.
         coefficients: One number per network, see :func:`merge_modules`.
+        policy: Other rules for some tensors, see :class:`MergePolicy`.
+        heads: ``{"task": pattern}``, one per network and in their order: glob patterns of the tensors that are a
+            task's own head. They are kept from that task's network, and the rest, the trunk, is merged. Heads may have
+            different shapes and names.
         outputs: ``outputs(module, batch)`` returns the network's outputs for a batch, shape ``(batch, ...)``, where
             ``predict_step`` or ``forward(batch[0])`` does not.
 
@@ -58,21 +55,47 @@ class WeightSumMerger:
         *,
         base: nn.Module | None = None,
         coefficients: Sequence[float] | None = None,
+        policy: MergePolicy | None = None,
+        heads: Mapping[str, str] | None = None,
         outputs: Outputs | None = None,
     ) -> None:
         if trainer is not None and not hasattr(trainer, "strategy"):
             raise TypeError(f"trainer must be a Lightning Trainer or None, got {type(trainer).__name__}")
+        if heads is not None and not isinstance(heads, Mapping):
+            raise TypeError(f'heads must be {{"task": pattern}}, one per network, got {heads!r}')
+        if coefficients is not None:
+            coefficients = check_coefficients(coefficients, max(2, len(coefficients)))
         self.trainer = trainer
         self.base = base
-        self.coefficients = check_coefficients(coefficients, len(ORIGINALS))
+        self.coefficients = coefficients
+        self.policy = policy or MergePolicy()
+        self.heads = None if heads is None else dict(heads)
         self.outputs = outputs or default_outputs
 
-    def merge(self, m1: M, m2: nn.Module) -> M:
-        """The merged module, see :func:`merge_modules`."""
-        return merge_modules(m1, m2, base=self.base, coefficients=self.coefficients)
+    def merge(self, m1: M, m2: nn.Module, *more: nn.Module, task: str | None = None) -> M:
+        """The merged module, see :func:`merge_modules`.
 
-    def evaluate(self, m1: LightningModule, m2: LightningModule, dataloaders: Any) -> MergeReport:
-        """Run both originals, their sum, their average and their logit ensemble on both tasks.
+        With ``heads`` each head tensor is that of its task's network. Where two tasks' heads have the same names, one
+        module can hold only one of them: that of ``task``.
+
+        Args:
+            m1: The first network.
+            m2: The second.
+            more: Further networks.
+            task: With ``heads``: the task whose network the result is a copy of; the first one's by default.
+        """
+        merged: M = self._merge((m1, m2, *more), task, self.coefficients)[0]
+        return merged
+
+    def evaluate(
+        self,
+        m1: LightningModule,
+        m2: LightningModule,
+        dataloaders: Any,
+        *,
+        more: Sequence[LightningModule] = (),
+    ) -> MergeReport:
+        """Run the originals, their sum, their average and their logit ensemble on every task.
 
         Each runs its own ``test_step`` (or ``validation_step`` where there is no test step), so the report has the
         modules' own metrics, named ``<task>/<model>/<metric>``. Added are, per task and model:
@@ -80,219 +103,200 @@ class WeightSumMerger:
         - ``joint_accuracy`` and ``masked_accuracy`` for classifiers: the argmax over all classes, and over the classes
           that occur in the task's dataloader;
         - ``output_change``: |f_model - f_own| / |f_own|, Frobenius norms over all the task's outputs, f_own the network
-        that
-          was trained on the task.
+          that was trained on the task.
+
+        Where there are batch normalisations, two more models are the sum with other running statistics: "sum_pooled"
+        with the networks' moments pooled, "sum_reestimated" with the merged network's own, from the tasks' batches.
+        With ``heads`` every model wears the head of the task that it runs on.
 
         Args:
             m1: The network of the first task.
             m2: The network of the second task.
-            dataloaders: ``{"task name": dataloader}`` for two tasks, the first is m1's; or a pair of dataloaders.
+            dataloaders: ``{"task name": dataloader}``, one per network and in their order; or a list of dataloaders.
+            more: Further networks.
 
         Raises:
             MergeError: If the networks can't be merged.
             TypeError: If a module is no LightningModule with a test or validation step.
-            ValueError: If there are not two dataloaders that can be gone through more than once, or one is empty.
+            ValueError: If there is not one dataloader per network that can be gone through more than once, or one is
+                empty.
         """
-        tasks = _two_tasks(dataloaders)
-        namespace = namespace_of(m1)
-        if namespace is None or namespace_of(m2) is not namespace:
-            raise TypeError(
-                f"evaluate needs two LightningModules of one Lightning package, got {type(m1).__name__} and"
-                f" {type(m2).__name__}"
-            )
-        stage = next((stage for stage, step in _STEPS.items() if overrides(m1, step) and overrides(m2, step)), None)
-        if stage is None:
-            raise TypeError(
-                f"{type(m1).__name__} and {type(m2).__name__} need a test_step or a validation_step to be evaluated"
-            )
-        models = {
-            "m1": copy_module(m1),
-            "m2": copy_module(m2),
-            "sum": self.merge(m1, m2),
-            "average": merge_modules(m1, m2, base=self.base, coefficients=[0.5, 0.5]),
-        }
-        partner = copy_module(m2)
-        ensemble_module = copy_module(m1)
-        ensemble = Ensemble(ensemble_module, [partner])
-        recorder = _Recorder(models, self.outputs)
-        trainer = self._evaluation_trainer(namespace, recorder, stage)
-        report = MergeReport(
-            tasks=dict(zip(tasks, ORIGINALS, strict=True)),
-            models=list(MODELS),
-            metrics={},
-            settings={
-                "module": type(m1).__name__,
-                "coefficients": self.coefficients,
-                "base": self.base is not None,
-                "step": _STEPS[stage],
-            },
-        )
-        with quiet():
-            for (task, loader), own in zip(tasks.items(), ORIGINALS, strict=True):
-                recorder.collect_classes()
-                logged = {own: _run(trainer, models[own], loader, stage)}
-                if recorder.batches == 0:
-                    raise ValueError(f"the dataloader of task {task!r} yields no batch")
-                recorder.compare(own)
-                for name in (name for name in models if name != own):
-                    logged[name] = _run(trainer, models[name], loader, stage)
-                    recorder.rest()
-                _place(partner, trainer)
-                ensemble.calls = 0
-                logged["ensemble"] = _run(trainer, ensemble_module, loader, stage)
-                if ensemble.calls == 0:
-                    logged["ensemble"] = {}
-                    _note(
-                        report,
-                        f"{_STEPS[stage]} of {type(m1).__name__} does not call the module itself, so its own metrics"
-                        " do not exist for the ensemble",
-                    )
-                # A module's own metric keeps its name where one of ours is called the same.
-                found = {name: {**logged[name], **(recorder.metrics(name) | logged[name])} for name in MODELS}
-                names = dict.fromkeys(metric for values in found.values() for metric in values)
-                report.metrics.update(
-                    {f"{task}/{model}/{name}": found[model].get(name, math.nan) for model in MODELS for name in names}
-                )
-                if recorder.problem:
-                    _note(report, recorder.problem)
-        return report
-
-    def _evaluation_trainer(self, namespace: Any, recorder: Callback, stage: str) -> Any:
-        """A Trainer on one device, like the user's where there is one, that logs and saves nothing."""
-        options: dict[str, Any] = {"accelerator": "auto", "devices": 1}
-        if self.trainer is not None:
-            device = self.trainer.strategy.root_device
-            limit = {"test": "limit_test_batches", "validate": "limit_val_batches"}[stage]
-            options = {
-                "accelerator": {"cuda": "gpu"}.get(device.type, device.type),
-                "devices": [device.index or 0] if device.type == "cuda" else 1,
-                "precision": self.trainer.precision,
-                "inference_mode": self.trainer.test_loop.inference_mode,
-                "default_root_dir": self.trainer.default_root_dir,
-                limit: getattr(self.trainer, limit),
+        modules = (m1, m2, *more)
+        tasks = self._tasks(dataloaders, len(modules))
+        runs = Runs(modules, self.trainer, self.outputs)
+        originals = [f"m{number}" for number in range(1, len(modules) + 1)]
+        settings = self._settings(modules, runs)
+        metrics: dict[str, float] = {}
+        names: list[str] = []
+        notes: list[str] = []
+        models: Models | None = None
+        for (task, loader), own in zip(tasks.items(), originals, strict=True):
+            if models is None or self.heads:
+                models, merge = self._models(modules, task)
+                if "sum_reestimated" in models:
+                    notes += _reestimate(models["sum_reestimated"], runs, tasks)
+            found, said = runs.measure(task, loader, models, own, originals)
+            names = list(found)
+            of_task = dict.fromkeys(metric for values in found.values() for metric in values)
+            metrics |= {
+                f"{task}/{model}/{name}": found[model].get(name, math.nan) for model in found for name in of_task
             }
-        with quiet():
-            return namespace.Trainer(
-                **options,
-                callbacks=[recorder],
-                # Steps that log pictures or tables by themselves find a logger that takes all and keeps nothing.
-                logger=namespace.loggers.logger.DummyLogger(),
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            notes += said
+        notes += self._said(settings, modules, merge)
+        return MergeReport(
+            dict(zip(tasks, originals, strict=True)), names, metrics, list(dict.fromkeys(notes)), settings
+        )
 
+    def sweep(
+        self,
+        m1: LightningModule,
+        m2: LightningModule,
+        dataloaders: Any,
+        *,
+        more: Sequence[LightningModule] = (),
+        candidates: Sequence[Sequence[float]] | None = None,
+        metric: str = "joint_accuracy",
+        minimize: bool = False,
+    ) -> CoefficientSweep:
+        """Try coefficients, and choose those with the best mean of a metric over the tasks.
 
-class _Recorder(Callback):
-    """Sees each batch before the running module does: first to collect a task's classes, then to compare all models.
+        Choose on held-out data: not what the networks were trained on, and not what the result is judged by.
 
-    They all run on the very same batch, so a shuffling or augmenting dataloader changes nothing in the comparison.
-    """
+        Args:
+            m1: The network of the first task.
+            m2: The network of the second task.
+            dataloaders: As for :meth:`evaluate`.
+            more: Further networks.
+            candidates: Coefficients to try, one number per network each; by default .1 to 1.2 in steps of .1, the same
+                for every network.
+            metric: A metric of :meth:`evaluate`.
+            minimize: Whether smaller is better, as of a loss.
 
-    def __init__(self, models: Mapping[str, LightningModule], outputs: Outputs) -> None:
-        super().__init__()
-        self._models = models
-        self._outputs = outputs
-        self.collect_classes()
+        Raises:
+            ValueError: If no model has such a metric, or candidates are not one finite number per network.
+        """
+        modules = (m1, m2, *more)
+        tasks = self._tasks(dataloaders, len(modules))
+        runs = Runs(modules, self.trainer, self.outputs)
+        originals = [f"m{number}" for number in range(1, len(modules) + 1)]
+        sweep = CoefficientSweep(list(tasks), metric, minimize, [], [])
+        for coefficients in candidates_for(candidates, len(modules)):
+            values = []
+            models: Models | None = None
+            for index, (task, loader) in enumerate(tasks.items()):
+                if models is None or self.heads:
+                    merged = self._merge(modules, task if self.heads else None, coefficients)[0]
+                    models = {originals[index]: copy_module(modules[index]), "sum": merged}
+                models = {originals[index]: copy_module(modules[index]), "sum": models["sum"]}
+                found, _ = runs.measure(task, loader, models, originals[index])
+                if metric not in found["sum"]:
+                    raise ValueError(f"no metric {metric!r} on task {task!r}; there are: {', '.join(found['sum'])}")
+                values.append(found["sum"][metric])
+            sweep.add(coefficients, values)
+        return sweep
 
-    def collect_classes(self) -> None:
-        self.batches = 0
-        self.problem: str | None = None
-        self._classes: set[int] = set()
-        self._comparison: Comparison | None = None
-        self._comparing = False
+    def reestimate(self, merged: M, dataloaders: Any) -> M:
+        """A copy of a merged module with the running statistics of its normalisations measured on all tasks.
 
-    def compare(self, own: str) -> None:
-        self._comparison = Comparison(own, self._classes)
-        self._comparing = True
+        This is the model that :meth:`evaluate` calls "sum_reestimated".
 
-    def rest(self) -> None:
-        self._comparing = False
+        Args:
+            merged: A merged LightningModule.
+            dataloaders: As for :meth:`evaluate`; labels are not used.
+        """
+        copied = copy_module(merged)
+        count = len(dataloaders) if hasattr(dataloaders, "__len__") else 0
+        tasks = checked_tasks(dataloaders, count)
+        _reestimate(copied, Runs([copied], self.trainer, self.outputs), tasks)
+        copied._trainer = None  # type: ignore[assignment]
+        return copied
 
-    def metrics(self, name: str) -> dict[str, float]:
-        if self._comparison is None or self.problem:
-            return {}
-        return self._comparison.metrics(name)
+    def _merge(
+        self, modules: Sequence[Any], task: str | None, coefficients: Sequence[float] | None, policy: Any = None
+    ) -> tuple[Any, Merge]:
+        """A copy of the task's network with merged tensors."""
+        order = [*range(len(modules))]
+        patterns = self._patterns(len(modules))
+        if task is not None:
+            if self.heads is None or task not in self.heads:
+                raise ValueError(f"task {task!r} has no head; heads are {self.heads}")
+            order.insert(0, order.pop([*self.heads].index(task)))
+        weights = check_coefficients(coefficients, len(modules))
+        return merge_with_heads(
+            [modules[i] for i in order],
+            self.base,
+            [weights[i] for i in order],
+            policy or self.policy,
+            [patterns[i] for i in order],
+            [f"model {i + 1}" for i in order],
+        )
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._see(trainer, batch)
+    def _patterns(self, count: int) -> list[str | None]:
+        if self.heads is None:
+            return [None] * count
+        if len(self.heads) != count:
+            raise ValueError(f"heads must have one pattern per network, {count}, got {self.heads}")
+        return [*self.heads.values()]
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._see(trainer, batch)
+    def _tasks(self, dataloaders: Any, count: int) -> dict[str, Any]:
+        tasks = checked_tasks(dataloaders, count)
+        if self.heads is not None and [*tasks] != [*self.heads]:
+            raise ValueError(f"tasks and heads must have the same names in the same order: {[*tasks]}, {[*self.heads]}")
+        return tasks
 
-    def _see(self, trainer: Any, batch: Any) -> None:
-        targets = targets_of(batch)
-        if self._comparing:
-            if self.problem is None:
-                self._compare(trainer, batch, targets)
+    def _models(self, modules: Sequence[Any], task: str) -> tuple[Models, Merge]:
+        """Everything that is compared on a task; without heads it is the same for every task."""
+        wanted = task if self.heads else None
+        count = len(modules)
+        if self.heads:
+            index = [*self.heads].index(task)
+            pattern = self.heads[task]
+            originals = [with_trunk(modules[index], other, pattern) for other in modules]
         else:
-            self.batches += 1
-            if targets is not None:
-                self._classes.update(torch.unique(targets).tolist())
+            originals = [copy_module(module) for module in modules]
+        models: Models = {f"m{number}": original for number, original in enumerate(originals, 1)}
+        models["sum"], merge = self._merge(modules, wanted, self.coefficients)
+        statistics = {entry.rule for entry in merge.plan.entries if entry.kind == "statistic"}
+        if "mean" in statistics:
+            models["sum_pooled"] = self._merge(modules, wanted, self.coefficients, self.policy.with_pooled())[0]
+        from lightning_lowrank.merging.batch_norm import batch_norms
 
-    def _compare(self, trainer: Any, batch: Any, targets: Tensor | None) -> None:
-        assert self._comparison is not None
-        outputs: dict[str, Tensor] = {}
-        try:
-            for name, model in self._models.items():
-                _place(model, trainer)
-                with trainer.precision_plugin.test_step_context():
-                    found = as_logits(self._outputs(model, copy.copy(batch)))
-                if found is None:
-                    raise TypeError(f"outputs(module, batch) must return a tensor of real numbers for {name}")
-                outputs[name] = found
-            shapes = {tuple(output.shape) for output in outputs.values()}
-            if len(shapes) > 1:
-                raise TypeError(f"the networks' outputs have different shapes: {sorted(shapes)}")
-            outputs["ensemble"] = average_outputs([outputs[name] for name in ORIGINALS])
-            self._comparison.update(outputs, targets)
-        except Exception as error:
-            self.problem = f"outputs could not be compared, so accuracies and output_change are missing: {error}"
-            return
+        if batch_norms(models["sum"]) and not self.heads:
+            models["sum_reestimated"] = copy_module(models["sum"])
+        models["average"] = self._merge(modules, wanted, [1 / count] * count)[0]
+        return models, merge
 
+    def _settings(self, modules: Sequence[Any], runs: Runs) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "module": type(modules[0]).__name__,
+            "coefficients": check_coefficients(self.coefficients, len(modules)),
+            "base": self.base is not None,
+            "step": STEPS[runs.stage],
+        }
+        if repr(self.policy) != repr(MergePolicy()):
+            settings["policy"] = repr(self.policy)
+        return settings | ({"heads": self.heads} if self.heads else {})
 
-def _two_tasks(dataloaders: Any) -> dict[str, Any]:
-    if isinstance(dataloaders, Mapping):
-        tasks = {str(name): loader for name, loader in dataloaders.items()}
-    elif isinstance(dataloaders, (list, tuple)):
-        tasks = {f"task_{number}": loader for number, loader in enumerate(dataloaders, 1)}
-    else:
-        raise ValueError(f'dataloaders must be {{"task name": dataloader}} or a pair, got {type(dataloaders).__name__}')
-    if len(tasks) != len(ORIGINALS):
-        raise ValueError(f"evaluate needs one dataloader per network, {len(ORIGINALS)}, got {len(tasks)}")
-    for name, loader in tasks.items():
-        if "/" in name or not name:
-            raise ValueError(
-                f"a task's name becomes part of metric names and can't be empty or contain '/', got {name!r}"
-            )
-        if isinstance(loader, Iterator):
-            raise ValueError(
-                f"the dataloader of task {name!r} is a {type(loader).__name__}, which can be gone through only once,"
-                " and every model needs a pass; pass a DataLoader or a list of batches"
-            )
-    # Lightning takes a list for several dataloaders; here it is one task's batches.
-    return {
-        name: DataLoader(cast(Any, loader), batch_size=None) if isinstance(loader, (list, tuple)) else loader
-        for name, loader in tasks.items()
-    }
+    def _said(self, settings: dict[str, Any], modules: Sequence[Any], merge: Merge) -> list[str]:
+        """What a reader has to know about the networks; settings get it as data."""
+        from lightning_lowrank.functional.start import shared_start
+
+        notes = []
+        start = shared_start(merge.matrices())
+        settings["start"] = start.verdict
+        if start.verdict == "shared" and self.base is None:
+            notes.append(f"{start}; {_DOUBLED}")
+        if differing := differences([getattr(module, "hparams", None) for module in modules]):
+            settings["hyper_parameters"] = differing
+            notes.append(f"hyperparameters that differ: {', '.join(differing)}")
+        if merge.discarded:
+            settings["discarded"] = dict(merge.discarded)
+        return notes + merge.truncations()
 
 
-def _place(model: Any, trainer: Any) -> None:
-    """Put a copy where the evaluation runs: device, precision, evaluation mode, and a Trainer for code that asks."""
-    model.trainer = trainer
-    trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
+def _reestimate(model: Any, runs: Runs, tasks: Mapping[str, Any]) -> list[str]:
+    """Measure running statistics on all tasks; what could not be measured is returned."""
+    from lightning_lowrank.merging.batch_norm import reestimate
 
-
-def _run(trainer: Any, model: Any, loader: Any, stage: str) -> dict[str, float]:
-    """The model's own metrics from a pass over the loader."""
-    results = getattr(trainer, stage)(model, dataloaders=loader, verbose=False)
-    return {name: float(value) for result in results for name, value in result.items()}
-
-
-def _note(report: MergeReport, text: str) -> None:
-    if text not in report.notes:
-        report.notes.append(text)
+    note = reestimate(model, [partial(runs.pass_over, model, loader) for loader in tasks.values()])
+    return [note] if note else []

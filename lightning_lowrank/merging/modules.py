@@ -3,46 +3,61 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 from torchmetrics import Metric
 
-from lightning_lowrank.merging.policy import Entry, Kind, MergeError, Rule, plan
+from lightning_lowrank.merging.engine import Merge, check_coefficients
+from lightning_lowrank.merging.kinds import MergeError, describe_module, effective_weights, refusal
+from lightning_lowrank.merging.policy import MergePolicy, some
+from lightning_lowrank.naming import strip_wrappers
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def merge_modules(
-    m1: M, m2: nn.Module, *more: nn.Module, base: nn.Module | None = None, coefficients: Sequence[float] | None = None
+    m1: M,
+    m2: nn.Module,
+    *more: nn.Module,
+    base: nn.Module | None = None,
+    coefficients: Sequence[float] | None = None,
+    policy: MergePolicy | None = None,
 ) -> M:
     """Merge trained networks by summing their weights.
 
     Without ``base`` a weight becomes c_1 W_1 + c_2 W_2 + ..., with ``base`` W_0 it becomes W_0 + sum of c_i (W_i -
     W_0): task arithmetic, for networks fine-tuned from one start. Nothing is normalised. Weights and biases are summed;
-    normalisation gains and shifts and running statistics are averaged; integer buffers are the first network's; frozen
-    parameters (``requires_grad=False``) and other buffers must be equal and are kept once. Sums are accumulated in
-    float64 and rounded once. docs/merging.md gives the reasons.
+    gains, normalisation shifts and running statistics are averaged; integer buffers are the first network's; frozen
+    parameters (``requires_grad=False``) and other buffers must be equal and are kept once; the factors of LoRA updates
+    are concatenated, so that the updates are summed. ``print(MergePolicy().plan(m1, m2))`` shows every tensor's rule.
+    Sums are accumulated in float64 and rounded once. docs/merging.md gives the reasons.
 
     Args:
         m1: The first network; the result is a copy of it with merged tensors, in its class, dtypes, device and mode.
         m2: The second network, of the same architecture. Tensors are paired by name.
         more: Further networks.
         base: The common start of all the networks.
-        coefficients: One number per network; all 1 by default.
+        coefficients: One number per network; all 1 by default. They apply to sums.
+        policy: Other rules for some tensors; see :class:`MergePolicy`.
 
     Returns:
         A new module of m1's class; no Trainer attached, metrics reset. The arguments are not changed.
+
+    Warns:
+        UserWarning: If trained weights are equal in all networks and would be multiplied; if tables of integers differ;
+            if the policy sums what has no sum without a base.
 
     Raises:
         MergeError: If names, shapes, kinds or ties differ, frozen tensors are not equal, a tensor has entries that are
             not finite or the sum overflows. The message lists every tensor concerned.
         TypeError: If an argument is not a module.
-        ValueError: If the coefficients are not one finite number per network.
+        ValueError: If the coefficients are not one finite number per network, or a pattern of the policy fits nothing.
 
     Example:
         >>> import torch
@@ -51,15 +66,58 @@ def merge_modules(
         >>> torch.equal(merged.weight, one.weight + two.weight)
         True
     """
-    modules: list[Any] = [_unwrapped(module) for module in (m1, m2, *more)]
-    weights = check_coefficients(coefficients, len(modules))
-    entries = plan(modules, None if base is None else _unwrapped(base))
-    if base is None:
-        _warn_of_shared(entries, weights)
-    values = _merge_all(entries, weights, has_base=base is not None)
-    merged = copy_module(modules[0])
-    _write(merged, entries, values)
-    return merged  # type: ignore[no-any-return]
+    merged: M = merge_with_heads((m1, m2, *more), base, coefficients, policy)[0]
+    return merged
+
+
+def merge_with_heads(
+    modules: Sequence[nn.Module],
+    base: nn.Module | None,
+    coefficients: Sequence[float] | None,
+    policy: MergePolicy | None,
+    heads: Sequence[str | None] | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[Any, Merge]:
+    """:func:`merge_modules` with tensors that one network alone has a say in.
+
+    Args:
+        modules: The networks; the result is a copy of the first.
+        base: Their common start.
+        coefficients: One number per network.
+        policy: The rules.
+        heads: Per network a glob pattern of such tensors, or None.
+        labels: What messages call the networks.
+
+    Returns:
+        The merged module, and how it was made.
+    """
+    unwrapped = [_unwrapped(module) for module in modules]
+    weights = check_coefficients(coefficients, len(unwrapped))
+    names = labels or [f"model {number}" for number in range(1, len(unwrapped) + 1)]
+    tables = {name: describe_module(module, name) for name, module in zip(names, unwrapped, strict=True)}
+    start = None if base is None else describe_module(_unwrapped(base), "base")
+    merge = Merge((policy or MergePolicy()).plan_tables(tables, start, heads), weights)
+    _warn(merge)
+    merged = copy_module(unwrapped[0])
+    _write(merged, merge)
+    return merged, merge
+
+
+def with_trunk(module: M, other: nn.Module, head: str) -> M:
+    """A copy of a module that keeps its own head and has another network's tensors elsewhere.
+
+    Args:
+        module: The network whose head is kept.
+        other: The network whose trunk is taken.
+        head: Glob pattern of the head's tensors.
+    """
+    copied = copy_module(module)
+    places = _places(_unwrapped(copied))
+    with torch.no_grad():
+        for name, tensor in describe_module(_unwrapped(other)).items():
+            if name in places and tensor.tied_to == name and not fnmatchcase(name, head):
+                _put(*places[name], tensor.read())
+    return copied
 
 
 def copy_module(module: M) -> M:
@@ -98,23 +156,6 @@ def _uncopyable(module: nn.Module) -> str:
     return f" (attribute {', '.join(found)})" if found else ""
 
 
-def check_coefficients(coefficients: Sequence[float] | None, count: int) -> list[float]:
-    """One finite number per network.
-
-    Raises:
-        ValueError: If there are more or fewer, or one is not finite.
-    """
-    if coefficients is None:
-        return [1.0] * count
-    try:
-        values = [float(value) for value in coefficients]
-    except (TypeError, ValueError):
-        values = []
-    if len(values) != count or not all(map(math.isfinite, values)):
-        raise ValueError(f"coefficients must be {count} finite numbers, one per network, got {coefficients!r}")
-    return values
-
-
 def _unwrapped(module: object) -> nn.Module:
     """The module inside torch.compile's wrapper."""
     if not isinstance(module, nn.Module):
@@ -125,85 +166,81 @@ def _unwrapped(module: object) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def _merge_all(entries: Sequence[Entry], coefficients: Sequence[float], *, has_base: bool) -> list[Tensor]:
-    values, problems = [], []
-    with torch.no_grad():
-        for entry in entries:
-            try:
-                values.append(_merge_one(entry, coefficients, has_base=has_base))
-            except MergeError as error:
-                problems.append(f"\n  {entry.name}: {error}")
-    if problems:
-        raise MergeError(f"the networks can't be merged; {len(problems)} tensor(s):{''.join(problems)}")
-    return values
-
-
-def _merge_one(entry: Entry, coefficients: Sequence[float], *, has_base: bool) -> Tensor:
-    first = entry.tensors[0].detach()
-    if entry.rule is Rule.FIRST:
-        return first
-    device = torch.device("cpu") if first.device.type == "mps" else first.device
-    wide = [
-        tensor.detach().to(device, torch.complex128 if tensor.is_complex() else torch.float64)
-        for tensor in entry.tensors
-    ]
-    if entry.rule is Rule.EQUAL:
-        if not all(torch.equal(wide[0], other) for other in wide[1:]):
-            difference = max((wide[0] - other).abs().max().item() for other in wide[1:])
-            advice = {Kind.FROZEN: "; a parameter that was frozen only after training needs requires_grad_(True)"}
-            raise MergeError(
-                f"{entry.kind.value}s must be equal in all networks, and these differ by up to {difference:.3g}"
-                f"{advice.get(entry.kind, '')}"
-            )
-        return first
-    for number, tensor in enumerate(wide, 1):
-        if not torch.isfinite(tensor).all():
-            which = "base" if has_base and number == len(wide) else f"model {number}"
-            raise MergeError(f"has entries that are not finite in {which}")
-    networks = wide[: len(coefficients)]
-    if entry.rule is Rule.MEAN:
-        total = torch.stack(networks).mean(0)
-    elif has_base:
-        total = wide[-1].clone()
-        for coefficient, tensor in zip(coefficients, networks, strict=True):
-            total += coefficient * (tensor - wide[-1])
-    else:
-        total = torch.zeros_like(networks[0])
-        for coefficient, tensor in zip(coefficients, networks, strict=True):
-            total += coefficient * tensor
-    merged = total.to(first.device, first.dtype)
-    if not torch.isfinite(merged).all():
-        raise MergeError(f"the sum overflows {first.dtype} (largest magnitude {total.abs().max().item():.3g})")
-    return merged
-
-
-def _warn_of_shared(entries: Sequence[Entry], coefficients: Sequence[float]) -> None:
-    """Say which trained tensors are the same in all networks, and would be multiplied by the sum of coefficients."""
-    if len(coefficients) < 2 or math.isclose(sum(coefficients), 1.0):
-        return
-    shared = [
-        entry.name
-        for entry in entries
-        if entry.rule is Rule.SUM
-        and all(torch.equal(entry.tensors[0], other.to(entry.tensors[0])) for other in entry.tensors[1:])
-        and bool(entry.tensors[0].any())
-    ]
-    if shared:
-        names = ", ".join(shared[:5]) + (f" and {len(shared) - 5} more" if len(shared) > 5 else "")
+def _warn(merge: Merge) -> None:
+    for note in merge.plan.notes:
+        warnings.warn(note, stacklevel=4)
+    if shared := merge.shared():
         warnings.warn(
-            f"{names}: equal in all networks, so the sum multiplies them by {sum(coefficients):g}. If the networks"
-            " share them (a backbone that was frozen in training; checkpoints do not keep that), call"
+            f"{some(shared)}: equal in all networks, so the sum multiplies them by {sum(merge.coefficients):g}. If the"
+            " networks share them (a backbone that was frozen in training; checkpoints do not keep that), call"
             " requires_grad_(False) on them before merging, or pass base=.",
-            stacklevel=3,
+            stacklevel=4,
+        )
+    if tables := merge.differing_integers():
+        warnings.warn(
+            f"{some(tables)}: integers that differ between the networks, of which the first network's are kept. Weights"
+            " that depend on them (an order, an index) do not fit together then.",
+            stacklevel=4,
         )
 
 
-def _write(merged: nn.Module, entries: Sequence[Entry], values: Sequence[Tensor]) -> None:
-    # The copy has the same names and ties, so the same plan finds its tensors.
-    targets = {entry.name: entry.tensors[0] for entry in plan([merged])}
-    with torch.no_grad():
-        for entry, value in zip(entries, values, strict=True):
-            targets[entry.name].copy_(value)
+def _write(merged: nn.Module, merge: Merge) -> None:
+    """Put the merged values into a copy of the first network."""
+    places = _places(merged)
+    problems = []
+    for entry in merge.plan.entries:
+        if entry.name not in places:
+            continue
+        owner, local = places[entry.name]
+        try:
+            with torch.no_grad():
+                _put(owner, local, merge.tensor(entry))
+        except MergeError as error:
+            problems.append(f"{entry.name}: {error}")
+    if problems:
+        raise refusal(problems)
+
+
+def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Which submodule holds each tensor, under which name."""
+    return {
+        strip_wrappers(f"{prefix}.{local}" if prefix else local): (owner, local)
+        for prefix, owner in module.named_modules()
+        for local in (*owner._parameters, *owner._buffers, *effective_weights(owner))
+    }
+
+
+def _put(owner: nn.Module, local: str, value: Tensor) -> None:
+    sources = effective_weights(owner).get(local)
+    if sources is not None:
+        _put_normalised(owner, local, value, sources)
+        return
+    target: Tensor | None = owner._parameters.get(local)
+    target = owner._buffers[local] if target is None else target
+    assert target is not None
+    if target.shape == value.shape:
+        target.copy_(value)
+    else:
+        # A LoRA factor of another rank.
+        owner._parameters[local] = nn.Parameter(value.to(target.device), target.requires_grad)
+
+
+def _put_normalised(owner: nn.Module, local: str, value: Tensor, sources: Sequence[Tensor]) -> None:
+    """Set the tensors of a weight normalisation so that they make the value."""
+    hook = next((hook for hook in owner._forward_pre_hooks.values() if getattr(hook, "name", None) == local), None)
+    if isinstance(hook, WeightNorm):
+        length, direction = sources
+        direction.copy_(value)
+        length.copy_(torch.norm_except_dim(value, 2, hook.dim))
+        setattr(owner, local, hook.compute_weight(owner))
+    else:
+        setattr(owner, local, value)
+    made = getattr(owner, local)
+    # One product and one quotient more than the sum itself.
+    if not torch.allclose(made, value, rtol=8 * torch.finfo(value.dtype).eps, atol=0, equal_nan=True):
+        raise MergeError(
+            "its parametrization can't hold the sum; call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
 
 
 def _detach_graph_tensors(value: Any, memo: dict[int, Any]) -> None:

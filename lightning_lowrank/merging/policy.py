@@ -1,192 +1,287 @@
-"""One rule per tensor, decided before anything is computed."""
+"""MergePolicy: one rule per tensor, decided before anything is computed."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.weight_norm import WeightNorm
-from torchmetrics import Metric
+from torch import nn
 
-from lightning_lowrank.naming import strip_wrappers
+from lightning_lowrank.merging.kinds import Described, Kind, describe_module, describe_stored, refusal
+from lightning_lowrank.merging.plan import Entry, MergePlan
+from lightning_lowrank.weight_files import stored_weights, with_normalised
 
-
-class MergeError(ValueError):
-    """The networks can't be merged; the message lists every reason."""
-
-
-class Kind(enum.Enum):
-    """What a tensor is, as far as merging cares."""
-
-    WEIGHT = "weight"
-    BIAS = "bias"
-    NORMALISATION = "normalisation gain or shift"
-    STATISTIC = "running statistic"
-    INTEGER = "integer buffer"
-    BUFFER = "buffer"
-    FROZEN = "frozen parameter"
+Table = Mapping[str, Described]
 
 
 class Rule(enum.Enum):
-    """How a merged tensor is made."""
+    """How a merged tensor is made. The value is what a policy calls it."""
 
     SUM = "sum"
     MEAN = "mean"
     FIRST = "first"
     EQUAL = "equal"
+    POOLED = "pooled"
+    ERROR = "error"
 
 
-# Why each kind has its rule:
-# - weights and biases carry what a network learned, and the theory merges them by summing;
-# - a gain multiplies what is there: two gains of about 1 would sum to 2. Shifts follow their gain;
-# - running statistics describe data, and both networks' merged features are nearest to neither alone;
-# - a counter or index has no sum, and an integer sum may leave its type;
-# - what was not trained is not the network's to change: keeping it twice (a shared frozen output layer) would double
-# it.
-RULES = {
-    Kind.WEIGHT: Rule.SUM,
-    Kind.BIAS: Rule.SUM,
-    Kind.NORMALISATION: Rule.MEAN,
-    Kind.STATISTIC: Rule.MEAN,
-    Kind.INTEGER: Rule.FIRST,
-    Kind.BUFFER: Rule.EQUAL,
-    Kind.FROZEN: Rule.EQUAL,
+# What a kind's tensors get, and why; docs/merging.md has the measurements.
+DEFAULTS: dict[Kind, tuple[Rule, str]] = {
+    Kind.LINEAR: (Rule.SUM, "what a network learned adds up"),
+    Kind.CONVOLUTION: (Rule.SUM, "what a network learned adds up"),
+    Kind.BIAS: (Rule.SUM, "what a network learned adds up"),
+    Kind.EMBEDDING: (Rule.SUM, "what a network learned adds up"),
+    Kind.OTHER: (Rule.SUM, "what a network learned adds up"),
+    Kind.LORA: (Rule.SUM, "the updates add up: factors are concatenated, not summed"),
+    Kind.NORMALISATION: (Rule.MEAN, "gains of about 1 would sum to 2; the shift follows its gain"),
+    Kind.GAIN: (Rule.MEAN, "it multiplies what passes through: two would double it"),
+    Kind.STATISTIC: (Rule.MEAN, "moments of data, not learned; re-estimate them where they matter"),
+    Kind.INTEGER: (Rule.FIRST, "counters and indices have no sum"),
+    Kind.FROZEN: (Rule.EQUAL, "not trained: kept once, a sum would double it"),
+    Kind.BUFFER: (Rule.EQUAL, "part of the architecture, not learned"),
+    Kind.UNKNOWN: (Rule.EQUAL, "may be a buffer or a parameter"),
+    Kind.HEAD: (Rule.FIRST, "each task keeps its own"),
 }
-_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_STATISTICS = ("running_mean", "running_var")
+# Rules that have no meaning for a kind, with the reason.
+_MEANINGLESS = {
+    (Kind.INTEGER, Rule.SUM): "integers count or index something; a sum may leave their type",
+    (Kind.INTEGER, Rule.MEAN): "integers count or index something; a mean is none",
+    (Kind.BUFFER, Rule.SUM): "it belongs to the architecture; a sum is a different one",
+    (Kind.STATISTIC, Rule.SUM): "the sum of two means or variances is neither's; take mean or pooled",
+}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the merge.
+class MergePolicy:
+    """Which rule a tensor gets in a merge: by name pattern, else by kind, else the default of its kind.
 
-    Attributes:
-        name: The name in the module, without wrappers' prefixes.
-        kind: What it is.
-        tensors: One tensor per module, of one shape; the base's last.
-    """
+    Rules: "sum" (with the coefficients, around the base if there is one), "mean", "first" (the first network's),
+    "equal" (must be equal in all networks, kept once), "pooled" (running means and variances as those of the networks'
+    data together), "error" (refused). LoRA factors are concatenated under "sum" and "mean", so that the update is the
+    sum or mean of the updates.
 
-    name: str
-    kind: Kind
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def rule(self) -> Rule:
-        """How the merged tensor is made."""
-        return RULES[self.kind]
-
-
-@dataclass(frozen=True)
-class _Named:
-    kind: Kind
-    tensor: Tensor
-    tied_to: str
-
-
-def plan(modules: Sequence[nn.Module], base: nn.Module | None = None) -> list[Entry]:
-    """Pair the modules' tensors by name and give each its kind.
-
-    Tied tensors appear once, under their first name. The states of torchmetrics and non-persistent buffers are left
-    out.
+    Kinds: "linear", "convolution", "bias", "normalisation" (gain and shift), "gain" (PReLU's slope, LayerScale, a
+    temperature), "statistic" (running mean and variance), "integer" (buffer), "embedding", "lora", "frozen", "buffer",
+    "other" (a parameter that is none of these), "unknown" (in files: neither name nor shape tells).
 
     Args:
-        modules: Modules of one architecture.
-        base: Their common start; its tensors come last in each entry. What is frozen in it does not matter.
+        kinds: Rules by kind, for those that should not have the default.
+        names: Rules by glob pattern of tensor names; the first pattern that fits decides.
+        lora_rank: The rank to which merged LoRA updates are truncated, by their singular values. None keeps them exact,
+            with the sum of the ranks.
 
     Raises:
-        MergeError: If names, shapes, kinds or ties differ, or a tensor can't be merged; lists every difference.
+        ValueError: If a kind or rule does not exist or has no meaning for the kind, or the rank is below 1.
+
+    Example:
+        >>> policy = MergePolicy(kinds={"bias": "mean"}, names={"1.*": "first"})
+        >>> nets = [nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)) for _ in range(2)]
+        >>> [(entry.name, entry.rule) for entry in policy.plan(*nets).entries]
+        [('0.weight', 'sum'), ('0.bias', 'mean'), ('1.weight', 'first'), ('1.bias', 'first')]
     """
-    named = {f"model {number}": module for number, module in enumerate(modules, 1)}
-    if base is not None:
-        named["base"] = base
-    problems = [problem for label, module in named.items() for problem in _obstacles(label, module)]
-    if problems:
-        raise _refusal(problems)
-    tables = {label: dict(_named_tensors(module)) for label, module in named.items()}
-    first = tables.pop("model 1")
-    for label, table in tables.items():
-        problems += [f"{name}: only in model 1, not in {label}" for name in first if name not in table]
-        problems += [f"{name}: only in {label}, not in model 1" for name in table if name not in first]
-        for name in (name for name in first if name in table):
-            one, other = first[name], table[name]
-            if one.tensor.shape != other.tensor.shape:
-                shapes = f"{tuple(one.tensor.shape)} in model 1 and {tuple(other.tensor.shape)} in {label}"
-                problems.append(f"{name}: shape {shapes}")
-            if one.kind != other.kind and label != "base":
-                problems.append(f"{name}: {one.kind.value} in model 1 and {other.kind.value} in {label}")
-            if one.tied_to != other.tied_to:
-                problems.append(f"{name}: tied to {one.tied_to} in model 1 and to {other.tied_to} in {label}")
-    if problems:
-        raise _refusal(problems)
+
+    def __init__(
+        self,
+        kinds: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> None:
+        settable = [kind for kind in Kind if kind is not Kind.HEAD]
+        self.kinds = {_one_of(settable, kind, "kind"): _one_of(Rule, rule, "rule") for kind, rule in _items(kinds)}
+        self.names = {str(pattern): _one_of(Rule, rule, "rule") for pattern, rule in _items(names)}
+        if lora_rank is not None and (isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 1):
+            raise ValueError(f"lora_rank must be a positive integer or None, got {lora_rank!r}")
+        self.lora_rank = lora_rank
+        for kind, rule in self.kinds.items():
+            if obstacle := _obstacle(kind, rule):
+                raise ValueError(f"rule {rule.value!r} has no meaning for kind {kind.value!r}: {obstacle}")
+
+    def __repr__(self) -> str:
+        kinds = {kind.value: rule.value for kind, rule in self.kinds.items()}
+        names = {pattern: rule.value for pattern, rule in self.names.items()}
+        return f"MergePolicy(kinds={kinds}, names={names}, lora_rank={self.lora_rank})"
+
+    def with_pooled(self) -> MergePolicy:
+        """The same policy with running statistics pooled."""
+        copied = MergePolicy(lora_rank=self.lora_rank)
+        copied.kinds, copied.names = {**self.kinds, Kind.STATISTIC: Rule.POOLED}, self.names
+        return copied
+
+    def plan(
+        self,
+        m1: nn.Module | str | Path,
+        m2: nn.Module | str | Path,
+        *more: nn.Module | str | Path,
+        base: nn.Module | str | Path | None = None,
+    ) -> MergePlan:
+        """What a merge would do with every tensor; nothing is computed or written. ``print`` it.
+
+        Args:
+            m1: The first network: a module, or the path of a checkpoint.
+            m2: The second.
+            more: Further networks.
+            base: Their common start.
+
+        Raises:
+            MergeError: If the networks can't be merged; the message lists every obstacle.
+        """
+        named = {**{f"model {number}": source for number, source in enumerate((m1, m2, *more), 1)}}
+        tables = {label: _described(source, label) for label, source in named.items()}
+        return self.plan_tables(tables, None if base is None else _described(base, "base"))
+
+    def plan_tables(
+        self, tables: Mapping[str, Table], base: Table | None = None, heads: Sequence[str | None] | None = None
+    ) -> MergePlan:
+        """The plan for networks that are described already.
+
+        Args:
+            tables: What each network holds, by the label that messages call it by.
+            base: What the common start holds.
+            heads: Per network a glob pattern of the tensors that it alone has a say in, or None.
+        """
+        everything = {**tables, **({} if base is None else {"base": base})}
+        labels = list(tables)
+        first = everything[labels[0]]
+        owners = _owners_of_heads(tables, heads or [None] * len(labels))
+        problems = _differences(everything, owners)
+        self._check_patterns(first)
+        entries = []
+        for name, one in first.items():
+            if one.tied_to != name:
+                continue
+            kind, rule, reason = self._decide(name, one) if name not in owners else _head(owners[name])
+            if rule is Rule.ERROR:
+                problems.append(f"{name}: the policy refuses it ({reason})")
+            if obstacle := _obstacle(kind, rule):
+                problems.append(f"{name}: {kind.label} can't have rule {rule.value!r}: {obstacle}")
+            holders = [everything[owners[name]]] if name in owners else everything.values()
+            tensors = tuple(table[name] for table in holders if name in table)
+            shape, dtype = tensors[0].shape, tensors[0].dtype
+            entries.append(Entry(name, kind.value, rule.value, reason, shape, dtype, tensors, one.pair))
+        problems += _split_pairs(entries)
+        if problems:
+            raise refusal(problems)
+        return MergePlan(entries, labels, base is not None, self.lora_rank, _cautions(entries, base is not None))
+
+    def _decide(self, name: str, described: Described) -> tuple[Kind, Rule, str]:
+        kind = described.kind
+        told = f" ({described.why})" if described.why else ""
+        for pattern, rule in self.names.items():
+            if fnmatchcase(name, pattern):
+                return kind, rule, f"asked for by the pattern {pattern!r}"
+        if kind in self.kinds:
+            return kind, self.kinds[kind], f"asked for by the kind {kind.value!r}{told}"
+        rule, reason = DEFAULTS[kind]
+        return kind, rule, f"{reason}{told}"
+
+    def _check_patterns(self, table: Table) -> None:
+        for pattern in self.names:
+            if not any(fnmatchcase(name, pattern) for name in table):
+                raise ValueError(f"the policy's pattern {pattern!r} matches no tensor; there are: {some(list(table))}")
+
+
+def _items(mapping: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    if not isinstance(mapping, (Mapping, type(None))):
+        raise ValueError(f"a policy's kinds and names are dicts of rules, got {mapping!r}")
+    return list((mapping or {}).items())
+
+
+def _one_of(choices: Any, value: Any, what: str) -> Any:
+    by_value = {choice.value: choice for choice in choices}
+    if value not in by_value:
+        raise ValueError(f"there is no {what} {value!r}; there are {', '.join(by_value)}")
+    return by_value[value]
+
+
+def _obstacle(kind: Kind, rule: Rule) -> str | None:
+    if rule is Rule.POOLED and kind is not Kind.STATISTIC:
+        return "only running statistics are pooled"
+    return _MEANINGLESS.get((kind, rule))
+
+
+def _described(source: Any, label: str) -> Table:
+    if isinstance(source, nn.Module):
+        return describe_module(source, label)
+    return describe_stored(with_normalised(stored_weights(source)))
+
+
+def _owners_of_heads(tables: Mapping[str, Table], heads: Sequence[str | None]) -> dict[str, str]:
+    """Which network keeps each head tensor; where several patterns fit, the first network's."""
+    owners: dict[str, str] = {}
+    for (label, table), pattern in zip(tables.items(), heads, strict=True):
+        if pattern is None:
+            continue
+        found = [name for name in table if fnmatchcase(name, pattern)]
+        if not found:
+            there = some(list(table))
+            raise ValueError(f"heads: the pattern {pattern!r} matches no tensor of {label}; there are: {there}")
+        for name in found:
+            owners.setdefault(name, label)
+    return owners
+
+
+def _head(label: str) -> tuple[Kind, Rule, str]:
+    rule, reason = DEFAULTS[Kind.HEAD]
+    return Kind.HEAD, rule, f"{reason}: that of {label}"
+
+
+def _differences(tables: Mapping[str, Table], heads: Collection[str]) -> list[str]:
+    """Everything in which the networks do not fit together, heads aside."""
+    (one, first), *others = tables.items()
+    problems = []
+    for other, table in others:
+        # A second name of a tied tensor may be absent: some formats store the tensor once.
+        missing = [name for name in first if name not in table and first[name].tied_to == name]
+        extra = [name for name in table if name not in first and table[name].tied_to == name]
+        problems += [f"{name}: only in {one}, not in {other}" for name in missing if name not in heads]
+        problems += [f"{name}: only in {other}, not in {one}" for name in extra if name not in heads]
+        for name in (name for name in first if name in table and name not in heads):
+            problems += _difference(name, first[name], table[name], one, other)
+    return problems
+
+
+def _difference(name: str, one: Described, other: Described, first: str, label: str) -> list[str]:
+    problems = []
+    if not _shapes_fit(one, other):
+        problems.append(f"{name}: shape {one.shape} in {first} and {other.shape} in {label}")
+    if one.kind != other.kind and label != "base":
+        problems.append(f"{name}: {one.kind.label} in {first} and {other.kind.label} in {label}")
+    if one.tied_to != other.tied_to:
+        problems.append(f"{name}: tied to {one.tied_to} in {first} and to {other.tied_to} in {label}")
+    return problems
+
+
+def _shapes_fit(one: Described, other: Described) -> bool:
+    """Equal, or factors of updates of one shape with different ranks."""
+    if one.shape == other.shape or not (one.kind is other.kind is Kind.LORA and one.pair):
+        return one.shape == other.shape
+    return len(one.shape) == len(other.shape) and sum(a != b for a, b in zip(one.shape, other.shape, strict=True)) == 1
+
+
+def _split_pairs(entries: Sequence[Entry]) -> list[str]:
+    rules = {entry.name: entry.rule for entry in entries}
+    problems = []
+    for down, up in {entry.pair for entry in entries if entry.pair}:
+        if rules.get(down) != rules.get(up):
+            problems.append(f"{down} has rule {rules.get(down)!r} and {up} {rules.get(up)!r}; a pair has one rule")
+    return problems
+
+
+def _cautions(entries: Sequence[Entry], has_base: bool) -> list[str]:
+    """What a policy asks for that has no meaning without a common start."""
+    risky = {Kind.NORMALISATION.value, Kind.GAIN.value, Kind.FROZEN.value}
+    names = [entry.name for entry in entries if entry.rule == Rule.SUM.value and entry.kind in risky]
+    if has_base or not names:
+        return []
     return [
-        Entry(name, one.kind, (one.tensor, *(table[name].tensor for table in tables.values())))
-        for name, one in first.items()
-        if one.tied_to == name
+        f"{some(names)}: gains and frozen parameters are summed because the policy says so; without base= that"
+        " multiplies what the networks have in common"
     ]
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, _Named]]:
-    """Every parameter and persistent buffer, by name; a tensor that occurs again is tied to its first name."""
-    first_names: dict[int, str] = {}
-    for prefix, owner in _owners(module):
-        tensors = {
-            **owner._parameters,
-            **{name: b for name, b in owner._buffers.items() if name not in owner._non_persistent_buffers_set},
-        }
-        for local, tensor in tensors.items():
-            if tensor is None:
-                continue
-            name = strip_wrappers(f"{prefix}.{local}" if prefix else local)
-            tied_to = first_names.setdefault(id(tensor), name)
-            yield name, _Named(_kind(owner, local, tensor), tensor, tied_to)
-
-
-def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The module and its submodules with their names, without metrics and what is inside them."""
-    metrics = tuple(f"{name}." for name, owner in module.named_modules() if isinstance(owner, Metric))
-    for name, owner in module.named_modules():
-        if not f"{name}.".startswith(metrics):
-            yield name, owner
-
-
-def _kind(owner: nn.Module, name: str, tensor: Tensor) -> Kind:
-    if isinstance(tensor, nn.Parameter):
-        if not tensor.requires_grad:
-            return Kind.FROZEN
-        # A gain of one's own normalisation is a vector; a matrix in a class called "...Norm..." is a weight.
-        if isinstance(owner, _NORMALISATIONS) or ("norm" in type(owner).__name__.lower() and tensor.ndim <= 1):
-            return Kind.NORMALISATION
-        return Kind.BIAS if "bias" in name else Kind.WEIGHT
-    if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
-        return Kind.INTEGER
-    return Kind.STATISTIC if name in _STATISTICS else Kind.BUFFER
-
-
-def _obstacles(label: str, module: nn.Module) -> Iterator[str]:
-    """What in one module has no sum."""
-    for prefix, owner in _owners(module):
-        where = f"{strip_wrappers(prefix) or type(owner).__name__} of {label}"
-        if is_parametrized(owner):
-            yield (
-                f"{where}: its weight is computed by a parametrization, whose inner tensors have no meaningful sum;"
-                " call torch.nn.utils.parametrize.remove_parametrizations first"
-            )
-        if any(isinstance(hook, WeightNorm) for hook in owner._forward_pre_hooks.values()):
-            yield f"{where}: uses the old weight_norm; call torch.nn.utils.remove_weight_norm first"
-        for name, tensor in {**owner._parameters, **owner._buffers}.items():
-            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-                yield f"{where}: {name} has no shape yet; run one batch through the module first"
-            elif tensor is not None and (tensor.layout is not torch.strided or tensor.is_quantized):
-                yield (
-                    f"{where}: {name} is {tensor.layout} of {tensor.dtype}; only dense, unquantised tensors are summed"
-                )
-
-
-def _refusal(problems: Sequence[str]) -> MergeError:
-    lines = "".join(f"\n  {problem}" for problem in problems)
-    return MergeError(f"the networks can't be merged; {len(problems)} obstacle(s):{lines}")
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of many names, in one line."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

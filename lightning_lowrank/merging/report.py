@@ -36,6 +36,7 @@ class MergeReport(Saved):
         metrics: Values by ``<task>/<model>/<metric>``; NaN where a metric does not exist for a model.
         notes: What could not be measured and why.
         settings: How the merge was made.
+        card: Of merged files: inputs and output with their hashes, rules, versions, the command.
 
     Example:
         >>> report = MergeReport(
@@ -51,6 +52,7 @@ class MergeReport(Saved):
     metrics: dict[str, float]
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
 
     def value(self, task: str, model: str, metric: str) -> float:
         """One value.
@@ -100,7 +102,20 @@ class MergeReport(Saved):
                 values = [self.metrics.get(f"{task}/{model}/{metric}", math.nan) for model in self.models]
                 table.add_row(escape(f"{task} ({own})") if index == 0 else "", escape(metric), *map(_shown, values))
             table.add_section()
-        return Group(table, *(Text(f"Note: {note}") for note in self.notes))
+        parts: list[RenderableType] = [table] if self.tasks else []
+        return Group(*parts, *self._of_files(), *(Text(f"Note: {note}") for note in self.notes))
+
+    def _of_files(self) -> list[Text]:
+        if not self.card:
+            return []
+        output = self.card["output"]
+        names = ", ".join(Path(source["path"]).name for source in self.card["inputs"])
+        rules = ", ".join(f"{count} {pair}" for pair, count in self.card["rules"].items())
+        differing = ", ".join(self.card["hyper_parameters"])
+        return [
+            Text(f"{output['name']} ({output['bytes'] / 1e6:,.1f} MB): {names} merged; {rules}"),
+            *([Text(f"Hyperparameters that differ: {differing}")] if differing else []),
+        ]
 
     def plot(self, metric: str | None = None) -> tuple[Figure, Axes]:
         """Bars of one metric: a group per task, a bar per model.

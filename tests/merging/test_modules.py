@@ -190,10 +190,11 @@ def test_every_difference_is_listed_in_one_message():
     with pytest.raises(MergeError) as caught:
         merge_modules(one, two)
     for line in (
-        "a.weight: frozen parameter in model 1 and weight in model 2",
+        "a.weight: frozen parameter in model 1 and linear weight in model 2",
         "b.weight: shape (3, 2) in model 1 and (4, 2) in model 2",
         "b.bias: shape (3,) in model 1 and (4,) in model 2",
         "c.weight: shape (2, 2) in model 1 and (2,) in model 2",
+        "c.weight: linear weight in model 1 and normalisation gain or shift in model 2",
         "c.bias: bias in model 1 and normalisation gain or shift in model 2",
         "d.weight: only in model 1, not in model 2",
         "e.bias: only in model 2, not in model 1",
@@ -222,14 +223,35 @@ def old_weight_norm(layer):
         return nn.utils.weight_norm(layer)
 
 
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, old_weight_norm], ids=["new", "old"])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(4, 3), lambda: nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
+def test_weights_behind_a_weight_normalisation_are_summed_as_they_act(make, layer):
+    torch.manual_seed(0)
+    nets = [make(layer()) for _ in range(2)]
+    for net in nets:
+        with torch.no_grad():
+            length = net.parametrizations.weight.original0 if hasattr(net, "parametrizations") else net.weight_g
+            length.mul_(1 + torch.rand_like(length))
+    inputs = torch.randn(2, *((4,) if isinstance(nets[0], nn.Linear) else (2, 5, 5)))
+    shift = nets[0].bias + nets[1].bias
+    merged = merge_modules(*nets)
+    bias = shift.reshape(-1, *[1] * (inputs.ndim - 2))
+    expected = sum(net(inputs) - net.bias.reshape(bias.shape) for net in nets) + bias
+    torch.testing.assert_close(merged(inputs), expected, rtol=1e-5, atol=1e-6)
+    # It is normalised as before: both of its parameters can be trained on.
+    merged(inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in merged.parameters())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "remove_parametrizations first"),
-        (lambda: old_weight_norm(nn.Linear(2, 2)), "remove_weight_norm first"),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)), "remove_parametrizations first"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)), "remove_parametrizations first"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), "remove_spectral_norm first"),
         (lambda: nn.LazyLinear(2), "run one batch through the module first"),
     ],
-    ids=["parametrization", "old weight_norm", "lazy"],
+    ids=["orthogonal", "spectral", "old spectral_norm", "lazy"],
 )
 def test_tensors_without_a_meaningful_sum_are_refused(make, message):
     with pytest.raises(MergeError, match=message):
