@@ -138,7 +138,7 @@ def _contents(folder: Path) -> _Contents:
 
 
 def _is_type(name: str) -> bool:
-    return isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+    return isinstance(vars(torch).get(name.removeprefix("torch.")), torch.dtype)
 
 
 def _names(entries: Mapping[str, Call], tensors: set[str], paths: Mapping[str, Any]) -> tuple[dict[str, str], str]:

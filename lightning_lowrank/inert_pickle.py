@@ -260,7 +260,8 @@ def named_type(name: str) -> torch.dtype:
     Raises:
         UnreadableError: If there is none.
     """
-    dtype = getattr(torch, name.removeprefix("torch."), None)
+    # Not by getattr, which imports what torch loads lazily.
+    dtype = vars(torch).get(name.removeprefix("torch."))
     if not isinstance(dtype, torch.dtype):
         raise UnreadableError(f"entries are of type {name}, which this torch does not know")
     return dtype

@@ -39,7 +39,9 @@ def torch_weights(path: Path, raw: bool = False) -> StoredWeights:
     content = torch_content(path)
     stored = replace(weights_of_mapping(content, str(path), raw), files=(path,))
     if kind_of(path) == "zip":
-        stored.read = Mapped(lambda: _tensors(path, raw)).read
+        stored.read = Mapped(
+            lambda: _by_name(weights_of_mapping(_loaded(path, "zip"), str(path), raw)), _by_name(stored)
+        ).read
     return stored
 
 
@@ -78,9 +80,7 @@ def _loaded(path: Path, kind: str) -> Any:
         raise ValueError(f"{path} is damaged or can't be mapped ({reason}); copy or download it again") from error
 
 
-def _tensors(path: Path, raw: bool) -> dict[str, Tensor]:
-    """By name, mapped anew."""
-    stored = weights_of_mapping(_loaded(path, "zip"), str(path), raw)
+def _by_name(stored: StoredWeights) -> dict[str, Tensor]:
     return {name: stored.read(name) for name in stored.keys}
 
 

@@ -66,10 +66,10 @@ class StoredWeights:
 class Mapped:
     """Reads tensors from a mapped file, and maps it anew before much of it is in memory."""
 
-    def __init__(self, load: Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(self, load: Callable[[], Mapping[str, Tensor]], opened: Mapping[str, Tensor] | None = None) -> None:
         self._load = load
-        self._tensors: Mapping[str, Tensor] = {}
-        self._left = 0
+        self._tensors = opened or {}
+        self._left = _BUDGET if opened else 0
 
     def read(self, name: str) -> Tensor:
         """One tensor, valid for as long as it is held."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +292,8 @@ def test_values_without_tensors_in_a_distributed_state_dict_are_named(tmp_path):
 
 
 def test_nothing_that_is_read_is_copied(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is counted as Linux does it")
     # 3 files of 40 MB in 5 tensors.
     state = {f"{i}.weight": torch.full((2048, 1024), 1.0 + i) for i in range(5)}
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")

@@ -19,6 +19,7 @@ from lightning_lowrank.functional.spectrum import (
     numerical_rank,
     singular_values,
 )
+from lightning_lowrank.functional.start import SharedStart, UnitMatch, shared_start, unit_match
 from lightning_lowrank.functional.stationarity import (
     InnerProducts,
     alignment,
@@ -34,7 +35,9 @@ __all__ = [
     "LowRank",
     "Regime",
     "RescalingGroups",
+    "SharedStart",
     "SpectralNorm",
+    "UnitMatch",
     "alignment",
     "circular_convolution_norm",
     "effective_rank",
@@ -48,9 +51,11 @@ __all__ = [
     "numerical_rank",
     "radial_balance",
     "residual",
+    "shared_start",
     "singular_values",
     "spectral_norm",
     "spectral_norms",
     "spectral_ratio",
     "stable_rank",
+    "unit_match",
 ]

@@ -134,7 +134,7 @@ def _(path):
 @hostile("nested_calls.pt", r"is made in a way that torch.save never does")
 def _(path):
     call = glob("torch._tensor", "_rebuild_from_type_v2")
-    archive(path, assembled(call, b"](" + call + glob("torch", "Tensor") + b"q\x05]q\x06" + b"}e", b"R"))
+    archive(path, assembled(call, b"]q\x05(" + call + glob("torch", "Tensor") + b"h\x05}e", b"R"))
 
 
 @hostile("memo.pt", r"memo.pt (holds no tensors|is damaged)")

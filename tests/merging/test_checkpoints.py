@@ -96,7 +96,7 @@ def test_lightning_checkpoints_merge_to_what_merge_modules_makes(tmp_path, pair)
 
 def test_the_written_file_is_what_torch_would_have_written(tmp_path, pair):
     """Byte for byte, but for what torch draws anew for every file."""
-    paths, nets = pair
+    paths, _ = pair
     merge_checkpoints(paths, tmp_path / "merged.ckpt")
     content = torch.load(tmp_path / "merged.ckpt", weights_only=True)
     (tmp_path / "again").mkdir()
@@ -413,10 +413,10 @@ def test_outputs_are_not_overwritten_unasked(tmp_path, pair):
     for target in (paths[0], linked):
         with pytest.raises(FileExistsError, match="is an input"):
             merge_checkpoints(paths, target, force=True)
+    (tmp_path / "folder.ckpt").mkdir()
     with pytest.raises(FileExistsError, match="is a folder; name a file"):
-        (tmp_path / "folder.ckpt").mkdir()
         merge_checkpoints(paths, tmp_path / "folder.ckpt", force=True)
-    with pytest.raises(FileNotFoundError, match="there is no folder .* for the output; make it first"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .* for the output; make it first"):
         merge_checkpoints(paths, tmp_path / "missing" / "m.ckpt")
     with pytest.raises(ValueError, match=r"'.*m.onnx' should end in .ckpt, .pt"):
         merge_checkpoints(paths, tmp_path / "m.onnx")
