@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 
-from lightning_lowrank.file_checks import Slice, UnreadableError, is_plain_name, torch_records
+from lightning_lowrank.file_checks import MOST_DIMENSIONS, Slice, UnreadableError, is_plain_name, torch_records
 from lightning_lowrank.inert_pickle import Call, InertUnpickler, described_tensor, named_type
 from lightning_lowrank.torch_files import torch_content
 from lightning_lowrank.weight_source import RAW, STATE_KEYS, Mapped, StoredWeights, mapped_file, no_raw, stripped, view
@@ -27,8 +27,6 @@ _AGAIN = "; copy or download the folder again"
 _REST = "meta.pt"
 _PACKAGE = "torch.distributed.checkpoint"
 _PLANNED, _OLD = f"{_PACKAGE}.metadata", "torch.distributed._shard.sharded_tensor.metadata"
-# Of torch.
-_MOST_DIMENSIONS = 64
 # What torch writes into the metadata, besides types of numbers. Some Pythons pickle members of an Enum by getattr.
 _KNOWN = {
     *(f"{_PLANNED}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
@@ -203,7 +201,7 @@ def _whole(key: str, entry: Call, stored: Mapping[Any, tuple[Path, int, int]]) -
 def _numbers(size: Any) -> tuple[int, ...]:
     """The entries of a torch.Size."""
     numbers = tuple(*size.args) if isinstance(size, Call) else tuple(size)
-    if len(numbers) > _MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
+    if len(numbers) > MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
         raise UnreadableError(f"a size is no list of numbers{_AGAIN}")
     return numbers
 
@@ -245,6 +243,9 @@ class _Opened(Mapping[str, Tensor]):
             numbers = records[f"data/{described.storage.key}"]
             if (described.dtype, described.shape) != (dtype, piece.sizes) or described.storage.nbytes > len(numbers):
                 raise UnreadableError(f"it is no tensor of shape {piece.sizes} and type {dtype}")
+            # Of complex numbers, that they are to be conjugated or negated.
+            if any(isinstance(arg, dict) and arg for arg in call.args):
+                raise UnreadableError("its numbers are stored with a sign of their own")
             if content["byteorder"] not in (b"", sys.byteorder.encode()):
                 raise UnreadableError("its numbers are in the byte order of another kind of processor")
         except Exception as error:  # a piece may say anything

@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+# Of a tensor of torch, in most of its functions.
+MOST_DIMENSIONS = 64
 # What a torch.save before torch 1.6 begins with.
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
@@ -126,9 +128,11 @@ def torch_records(stream: BinaryIO, where: str) -> dict[str, range]:
             _refuse(where, f"has the compressed record {name}, so it may be a zip bomb, or was packed again")
         if entry.flag_bits & 1:
             _refuse(where, f"has the encrypted record {name}")
+        if entry.header_offset < end or (entry.header_offset > 0 and not records):
+            _refuse(where, f"has the record {name} outside of its place or within another one")
         begin = _begin_of_data(stream, entry.header_offset, where)
         stop = begin + entry.file_size
-        if (entry.header_offset > 0 and not records) or entry.header_offset < end or stop > directory:
+        if stop > directory:
             _refuse(where, f"has the record {name} outside of its place or within another one")
         records[name.partition("/")[2]], end = range(begin, stop), stop
     return records

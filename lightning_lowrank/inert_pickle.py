@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
 
-from lightning_lowrank.file_checks import UnreadableError
+from lightning_lowrank.file_checks import MOST_DIMENSIONS, UnreadableError
 
 # What torch.save calls the types of numbers; newer ones have their own names.
 _STORAGES = {
@@ -48,12 +48,13 @@ _COLLECTIONS = (
     *("collections.OrderedDict", "collections.Counter", "builtins.set", "torch.Size"),
     *("builtins.bytearray", "_codecs.encode"),
 )
+# What makes tensors; torch.save never writes a state for one that is made.
+_MADE = ("torch._", "torch.nn.parameter.")
 _NEVER = "that torch.save never does"
 # What torch.load would call, but torch.save does not write: constructors, and copies to other devices.
 _CONSTRUCTOR = re.compile(r"torch\.(\w+\.)?\w*(Tensor|Storage)|torch\._utils\._rebuild_device_tensor_from_\w+")
 # Masks and tables of positions are saved as one row that stands for many.
 _EXPANDED = 1 << 24
-_LIMIT_DIMENSIONS = 64
 # Of a call only that many arguments are kept: a list of many could be the arguments of many calls.
 _KEPT = 8
 
@@ -198,7 +199,7 @@ def check_calls(pickled: InertUnpickler, pickle_bytes: int, file_bytes: int) -> 
             collected += sum(map(_size, call.args))
         elif _CONSTRUCTOR.fullmatch(call.name):
             raise UnreadableError(f"{call.name} is called in a way {_NEVER}")
-        if call.built and call.name.startswith("torch."):
+        if call.built and call.name.startswith(_MADE):
             raise UnreadableError(f"what {call.name} made is changed in a way {_NEVER}")
     # A list that is written once could otherwise be copied by many short calls.
     if collected > pickle_bytes:
@@ -237,12 +238,14 @@ def described_tensor(call: Call, limit: int) -> Described:
     Raises:
         UnreadableError: If it is larger than what is stored of it.
     """
+    if call.name not in _TENSORS:
+        raise UnreadableError(f"what {call.name} makes is no tensor")
     storage, offset, shape, stride, *more = call.args
     shape, stride = (tuple(part.args[0] if isinstance(part, Call) else part) for part in (shape, stride))
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or any(type(number) is not int or number < 0 for number in numbers):
         raise UnreadableError(f"a tensor is described in a way {_NEVER}")
-    if len(shape) != len(stride) or len(shape) > _LIMIT_DIMENSIONS:
+    if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:
         raise UnreadableError(f"a tensor is described with {len(shape)} sizes and {len(stride)} strides")
     dtype = named_type(more[2].name) if call.name == _TYPED else _STORAGES[storage.kind]
     entries = math.prod(shape)

@@ -56,8 +56,9 @@ def inspect_weights(
 
     Args:
         source: A module; a state dict, or a loaded checkpoint that holds one; or the path of a file of safetensors, of
-            an index or folder of several, of a Lightning checkpoint, or of a state dict that ``torch.save`` wrote. In a
-            file only names and shapes are known, so some layers can be told apart less well than in a module.
+            an index or folder of several, of a Lightning checkpoint (distributed or not), or of a state dict that
+            ``torch.save`` wrote. In a file only names and shapes are known, so some layers can be told apart less well
+            than in a module.
         matrices: How weights are read, where that is decided wrongly: see
             :func:`lightning_lowrank.matrices.weight_layouts`.
         include: Glob pattern or patterns; only weights whose name matches one are measured.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 
-from lightning_lowrank.file_checks import UnreadableError, kind_of
+from lightning_lowrank.file_checks import MOST_DIMENSIONS, UnreadableError, kind_of
 from lightning_lowrank.weight_source import Mapped, StoredWeights, mapped_file, no_raw, stripped, view
 
 # https://github.com/huggingface/safetensors#format; a torch that lacks a type can't read it.
@@ -26,8 +26,6 @@ _TYPES = {
 # The format's own limit.
 _LONGEST_HEADER = 100_000_000
 _PREFIX = 8
-# Those of torch.
-_MOST_DIMENSIONS = 64
 _LARGEST = 1 << 63
 
 
@@ -138,7 +136,7 @@ def _entry(path: Path, name: str, fields: Any) -> _Entry:
     try:
         kind, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         numbers = (*shape, begin, end)
-        fine = len(shape) <= _MOST_DIMENSIONS and isinstance(kind, str) and all(map(_is_size, numbers))
+        fine = len(shape) <= MOST_DIMENSIONS and isinstance(kind, str) and all(map(_is_size, numbers))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"its header does not say what {name} is") from error
     if not fine:

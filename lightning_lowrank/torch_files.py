@@ -95,6 +95,11 @@ def _check_zip(path: Path) -> None:
         file.seek(records["data.pkl"].start)
         content = file.read(len(records["data.pkl"]))
     pickled, root = _read(io.BytesIO(content), path)
+    if any(name.startswith("torch.distributed.") for name in pickled.names):
+        raise ValueError(
+            f"{path} holds the shards of one process alone; save the whole state dict (full_state_dict=True), or"
+            " a folder by torch.distributed.checkpoint.save"
+        )
     if refused := _refused(path):
         raise ValueError(_refusal(path, refused, root))
     for key, storage in pickled.storages.items():

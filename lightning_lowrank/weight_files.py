@@ -35,8 +35,10 @@ _LISTED = 3
 def stored_weights(path: str | Path, raw: bool = False) -> StoredWeights:
     """The weights in a file or folder: safetensors, an index of several, or a checkpoint of ``torch.save``.
 
-    No code of a checkpoint is run (``weights_only=True``). Memory is needed for the tensor that is read, and for pages
-    of the file that the system may drop at any time.
+    A folder may hold one of these, several files of safetensors, or a distributed checkpoint. No code of a checkpoint
+    is run, and nothing is allocated out of proportion to its file. A tensor that is read is a view of the mapped file,
+    whose pages the system may drop at any time; only files of torch before 1.6 are read as a whole, and of a
+    distributed checkpoint a tensor that is in several pieces is put together in memory.
 
     Args:
         path: The file or folder.
@@ -45,8 +47,27 @@ def stored_weights(path: str | Path, raw: bool = False) -> StoredWeights:
     Raises:
         FileNotFoundError: If the path, or a file that an index names, does not exist.
         ValueError: If the content is not readable, in one sentence.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {"w": torch.eye(2)}, "epoch": 3}, f"{folder}/a.ckpt")
+        ...     stored = stored_weights(f"{folder}/a.ckpt")
+        ...     print(stored.shapes, stored.format, stored.rest, stored.read("w").sum().item())
+        {'w': (2, 2)} checkpoint {'epoch': 3} 2.0
     """
-    path = Path(path)
+    try:
+        return _stored(Path(path), raw)
+    except (ValueError, OSError) as error:
+        if (text := str(error)).isprintable():
+            raise
+        # Names in a file can hold anything, such as what a terminal takes for commands.
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        raise kind("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)) from error
+
+
+def _stored(path: Path, raw: bool) -> StoredWeights:
+    """By what there is at a path."""
     if path.is_dir():
         return distributed_weights(path, raw) if (path / METADATA).is_file() else _folder(path, raw)
     if not path.is_file():

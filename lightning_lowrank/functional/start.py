@@ -179,7 +179,7 @@ def shared_start(pairs: Mapping[str, tuple[Tensor, Tensor]], limit: int = 256, s
         >>> found.verdict
         'shared'
         >>> print(found)
-        shared start: units correspond in 3 of 3 layers that can tell, median cosine 0.71
+        shared start: units correspond in 3 of 3 layers that can tell, median cosine 0.70
     """
     layers = {}
     for name, (a, b) in pairs.items():

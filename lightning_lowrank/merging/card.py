@@ -72,7 +72,9 @@ def differences(hyper_parameters: Sequence[Any]) -> dict[str, list[str]]:
     return {name: found for name, found in values.items() if len(set(found)) > 1}
 
 
-def write_card(report: MergeReport, out: Path, publish_output: Callable[[], None]) -> None:
+def write_card(
+    report: MergeReport, out: Path, publish_output: Callable[[], None], beside: Mapping[Path, str] | None = None
+) -> None:
     """Write a merged file's card beside it.
 
     An old card is removed before the file gets its name, so that no card ever stands beside a file that it does not
@@ -82,12 +84,14 @@ def write_card(report: MergeReport, out: Path, publish_output: Callable[[], None
         report: With a card.
         out: The merged file.
         publish_output: Gives the merged file its name.
+        beside: Texts of other files that belong to it, by path.
     """
-    texts = json_text(report.to_dict()), markdown(report)
+    texts = zip(card_paths(out), (json_text(report.to_dict()), markdown(report)), strict=True)
+    drafts = []
     with ExitStack() as stack:
-        drafts = [stack.enter_context(Draft(path)) for path in card_paths(out)]
-        for draft, text in zip(drafts, texts, strict=True):
-            draft.write(text)
+        for path, text in (*texts, *(beside or {}).items()):
+            drafts.append(stack.enter_context(Draft(path)))
+            drafts[-1].write(text)
         for draft in drafts:
             draft.path.unlink(missing_ok=True)
         publish_output()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
+from lightning_lowrank.merging.adapters import CONFIG, Adapter, adapter_of, adapters_of, merged_config
 from lightning_lowrank.merging.arithmetic import rounded
 from lightning_lowrank.merging.card import card_of, card_paths, write_card
 from lightning_lowrank.merging.engine import Merge, check_coefficients
@@ -96,6 +97,9 @@ def merge_checkpoints(
     """
     target = _checked_target(out, [*paths, *([] if base is None else [base])], force)
     stored, merge = prepare(paths, base, coefficients, policy, module, raw)
+    adapters = adapters_of(paths, target)
+    if adapters:
+        _check_absent(target.with_name(CONFIG), force)
     files = [file for one in stored for file in one.files]
     size = sum(_bytes(merge, entry) for entry in merge.plan.entries)
     _check_space(target, size)
@@ -118,7 +122,7 @@ def merge_checkpoints(
                 settings={**evaluation.settings, **settings},
                 card=card,
             )
-        write_card(report, target, output.publish)
+        write_card(report, target, output.publish, _config(adapters, merge, target))
     return report
 
 
@@ -142,14 +146,18 @@ def prepare(
     stored = [with_normalised(stored_weights(path, raw=raw)) for path in paths]
     kinds = None if module is None else describe_module(module)
     tables = {}
-    for label, one in zip(labels, stored, strict=True):
+    adapters = adapters_of(paths, None)
+    if adapters:
+        stored = [replace(o, files=(*o.files, a.path)) for o, a in zip(stored, adapters, strict=True)]
+    for number, (label, one) in enumerate(zip(labels, stored, strict=True)):
         _check_mergeable(one, label)
-        tables[label] = describe_stored(one, kinds)
+        tables[label] = describe_stored(one, kinds, adapters[number].scale if adapters else None)
     start = None
     if base is not None:
         stored.append(with_normalised(stored_weights(base)))
         _check_mergeable(stored[-1], "base")
-        start = describe_stored(stored[-1], kinds)
+        adapter = adapter_of(base)
+        start = describe_stored(stored[-1], kinds, adapter.scale if adapter else None)
     return stored, Merge((policy or MergePolicy()).plan_tables(tables, start), weights)
 
 
@@ -164,11 +172,24 @@ def _checked_target(out: str | Path, inputs: Sequence[str | Path], force: bool) 
         if inside or (target.exists() and path.exists() and target.samefile(path)):
             raise FileExistsError(f"the output {str(target)!r} is an input, or in the folder of one; name another file")
     for file in (target, *card_paths(target)):
-        if file.is_dir():
-            raise FileExistsError(f"{str(file)!r} is a folder; name a file")
-        if file.exists() and not force:
-            raise FileExistsError(f"{str(file)!r} exists; name another output, or pass force (--force) to replace it")
+        _check_absent(file, force)
     return target
+
+
+def _check_absent(file: Path, force: bool) -> None:
+    if file.is_dir():
+        raise FileExistsError(f"{str(file)!r} is a folder; name a file")
+    if file.exists() and not force:
+        raise FileExistsError(f"{str(file)!r} exists; name another output, or pass force (--force) to replace it")
+
+
+def _config(adapters: Sequence[Adapter] | None, merge: Merge, target: Path) -> dict[Path, str]:
+    """The configuration that stands beside a merged adapter."""
+    if not adapters:
+        return {}
+    downs = [entry for entry in merge.plan.entries if entry.pair and entry.pair[0] == entry.name]
+    ranks = {entry.name: merge.rank(entry) for entry in downs}
+    return {target.with_name(CONFIG): merged_config(adapters, downs, ranks)}
 
 
 def _check_space(target: Path, size: int) -> None:

@@ -102,8 +102,15 @@ class Merge:
         if entry.pair is None or entry.rule not in ("sum", "mean"):
             return entry.shape
         axis = _rank_axis(entry, self._by_name)
-        ranks = [described.shape[axis] for described in entry.tensors]
-        return tuple(self.plan.lora_rank or sum(ranks) if i == axis else n for i, n in enumerate(entry.shape))
+        return tuple(self.rank(entry) if i == axis else n for i, n in enumerate(entry.shape))
+
+    def rank(self, entry: Entry) -> int:
+        """The rank of a merged LoRA update."""
+        axis = _rank_axis(entry, self._by_name)
+        if entry.rule not in ("sum", "mean"):
+            return entry.shape[axis]
+        used = entry.tensors if self.plan.has_base and entry.rule == "sum" else entry.tensors[: len(self.coefficients)]
+        return self.plan.lora_rank or sum(described.shape[axis] for described in used)
 
     def shared(self) -> list[str]:
         """Trained tensors that are the same in all networks, and that a sum would multiply."""
@@ -176,6 +183,9 @@ class Merge:
             # W_0 + sum of c_i (W_i - W_0), the start's own update being one more.
             coefficients.append(1 - sum(coefficients))
             count += 1
+        # The result is multiplied with the first network's scale.
+        scales = [described.scale / down.tensors[0].scale for described in down.tensors[:count]]
+        coefficients = [c * scale for c, scale in zip(coefficients, scales, strict=True)]
         axis = _rank_axis(down, self._by_name)
         ins = [widened(described.read()).movedim(axis, 0) for described in down.tensors[:count]]
         outs = [

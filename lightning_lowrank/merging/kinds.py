@@ -88,6 +88,7 @@ class Described:
         tied_to: The first name under which the same tensor occurs; its own if it occurs once.
         pair: Names of the two factors (down, up) of a LoRA update.
         why: How the kind was told, where that is not plain.
+        scale: What the network multiplies a LoRA update with.
     """
 
     kind: Kind
@@ -97,6 +98,7 @@ class Described:
     tied_to: str
     pair: tuple[str, str] | None = None
     why: str = ""
+    scale: float = 1.0
 
 
 def describe_module(module: nn.Module, label: str = "the network") -> dict[str, Described]:
@@ -126,15 +128,20 @@ def describe_module(module: nn.Module, label: str = "the network") -> dict[str, 
             kind = _kind(owner, local, nn.Parameter(value, any(source.requires_grad for source in sources)))
             read = weights[name].value
             described[name] = Described(kind, tuple(value.shape), value.dtype, read, name, why="weight normalisation")
-    return _with_pairs(described)
+    return _with_pairs(described, partial(_scale, {strip_wrappers(name): m for name, m in module.named_modules()}))
 
 
-def describe_stored(stored: StoredWeights, structure: Mapping[str, Described] | None = None) -> dict[str, Described]:
+def describe_stored(
+    stored: StoredWeights,
+    structure: Mapping[str, Described] | None = None,
+    scale: Callable[[str], float] | None = None,
+) -> dict[str, Described]:
     """The same for a file: kinds as in a module where that is given, else by names and shapes.
 
     Args:
         stored: The tensors of a file.
         structure: What :func:`describe_module` says of a module of the same architecture.
+        scale: Gives what a LoRA update is multiplied with, by the name of its factor.
     """
     dtypes = {name: torch_type(stored.dtypes[name]) for name in stored.shapes}
     described: dict[str, Described] = {}
@@ -146,7 +153,7 @@ def describe_stored(stored: StoredWeights, structure: Mapping[str, Described] | 
         described[name] = Described(kind, shape, dtypes[name], partial(stored.read, name), name, why=why)
     for name, first in stored.tied.items():
         described[name] = replace(described[first], tied_to=first)
-    return _with_pairs(described)
+    return _with_pairs(described, scale)
 
 
 def torch_type(name: str) -> torch.dtype:
@@ -253,8 +260,8 @@ def _kind_by_name(
     return Kind.UNKNOWN, "neither its name nor its shape tells what it is"
 
 
-def _with_pairs(described: dict[str, Described]) -> dict[str, Described]:
-    """Trained LoRA factors told, each with the names of its pair."""
+def _with_pairs(described: dict[str, Described], scale: Callable[[str], float] | None) -> dict[str, Described]:
+    """Trained LoRA factors told, each with the names of its pair and the scale of the update."""
     sides: dict[tuple[str, ...], dict[str, str]] = {}
     for name, tensor in described.items():
         match = _LORA.fullmatch(name)
@@ -264,9 +271,21 @@ def _with_pairs(described: dict[str, Described]) -> dict[str, Described]:
             sides.setdefault(place, {})[side] = name
     for pair in sides.values():
         if len(pair) == 2:
-            for name in pair.values():
-                described[name] = replace(described[name], kind=Kind.LORA, pair=(pair["down"], pair["up"]))
+            names = pair["down"], pair["up"]
+            factor = 1.0 if scale is None else scale(pair["down"])
+            for name in names:
+                described[name] = replace(described[name], kind=Kind.LORA, pair=names, scale=factor)
     return described
+
+
+def _scale(modules: Mapping[str, nn.Module], name: str) -> float:
+    """What a module multiplies its LoRA update with: its ``scaling``, a number or one per adapter as PEFT keeps it."""
+    match = _LORA.fullmatch(name)
+    assert match is not None
+    scaling = getattr(modules.get(match["before"].removesuffix(".")), "scaling", None)
+    if isinstance(scaling, Mapping):
+        scaling = scaling.get(match["after"].strip(".").partition(".")[0])
+    return float(scaling) if isinstance(scaling, (int, float)) and scaling else 1.0
 
 
 def _obstacles(label: str, module: nn.Module) -> Iterator[str]:

@@ -8,7 +8,7 @@ import zipfile
 import torch
 from safetensors.torch import save_file
 
-from tests.hostile.making import STATE, hostile
+from tests.hostile.making import STATE, archive, assembled, glob, hostile
 
 
 @hostile("cut.pt", r"cut.pt is cut short or damaged: the directory at its end can't be read; copy or download it again")
@@ -83,9 +83,20 @@ def _(path):
     torch.save({"state_dict": {"a": torch.ones(1), "_orig_mod.a": torch.ones(2)}}, path)
 
 
+@hostile("shard.pt", r"holds the shards of one process alone; save the whole state dict \(full_state_dict=True\)")
+def _(path):
+    # As a process' own DTensors are pickled, of which the class is enough to know them by.
+    archive(path, assembled(glob("torch.distributed.tensor", "DTensor")))
+
+
 @hostile("numbers.pt", r"numbers.pt has the key 3, where names of tensors must be strings")
 def _(path):
     torch.save({"a": torch.ones(1), 3: torch.ones(1)}, path)
+
+
+@hostile("escapes.pt", r"escapes.pt holds no tensors by name; there is: \\x1b\[2J\\nhello$")
+def _(path):
+    torch.save({"\x1b[2J\nhello": 3}, path)
 
 
 @hostile("list.pt", r"list.pt holds a list, not a state dict")
