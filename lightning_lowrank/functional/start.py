@@ -36,13 +36,13 @@ class UnitMatch:
     """How well the units of a layer correspond, index by index, in two networks.
 
     Attributes:
-        cosine: Of the two weights as vectors; NaN if one is 0.
+        cosine: Of the two weights as vectors, over the entries that were compared; NaN if one has only zeros there.
         rows: By how many standard deviations corresponding rows agree better than rows do on average; NaN for a side of
             fewer than 16 units, or whose units are all alike.
         columns: The same of the columns.
         resolution: The mean correlation of corresponding units from which on ``z`` would be at least 5; NaN where ``z``
             is.
-        identical: Whether all sampled entries are equal: a frozen layer, or the same weights twice.
+        identical: Whether the two weights are equal in every entry: a frozen layer, or the same weights twice.
     """
 
     cosine: float
@@ -109,14 +109,15 @@ def unit_match(a: Tensor, b: Tensor, limit: int = 256, seed: int = 0) -> UnitMat
     Only hidden units are exchangeable: the rows of an output layer are classes, those of an embedding tokens, the
     columns of a first layer inputs, and those agree in separate networks too. But each layer of a network with two or
     more has hidden units on one side at least, so a match has to show on both sides, and that which side it is need not
-    be known. Sides of fewer than 16 units are not tested. Entries that tie a unit to itself (i, i) are taken for 0:
-    identity initialisation, recurrence and residual branches give the same large ones to all networks.
+    be known. Sides of fewer than 16 units are not tested. Entries that tie a unit to itself (i, i) are not looked at:
+    identity initialisation, recurrence and residual branches give the same ones to all networks.
 
     Args:
         a: A weight of shape ``(out, in, ...)``; a kernel's trailing dimensions are unfolded into the columns.
         b: The other network's weight, of the same shape.
-        limit: Largest number of rows, and of columns, that are compared; which ones is drawn at random from ``seed``.
-        seed: Of the sample; the global random state is not used.
+        limit: Largest number of rows, and of columns, that are compared, the rows of one half of the units with the
+            columns of the other half; which ones is drawn at random.
+        seed: Of the draw; the global random state is not used.
 
     Raises:
         ValueError: If the shapes differ or are no matrices, a sampled entry is not finite, or limit is below 16.
@@ -136,19 +137,17 @@ def unit_match(a: Tensor, b: Tensor, limit: int = 256, seed: int = 0) -> UnitMat
         raise ValueError(
             f"limit must be at least {_MIN_UNITS}, the smallest number of units that can tell; got {limit}"
         )
-    rows, columns, tied = _sample(a, limit, seed)
-    at = rows[:, None], columns
-    x, y = (real_view(w).flatten(1)[tuple(i.to(w.device) for i in at)].cpu().double() for w in (a, b))
+    blocks = [(_block(a, *at), _block(b, *at)) for at in _indices(a, limit, seed)]
+    x, y = (torch.cat([block.flatten() for block in network]) for network in zip(*blocks, strict=True))
     if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
         raise ValueError(f"a weight of shape {tuple(a.shape)} has entries that are not finite, so it can't be compared")
-    identical = torch.equal(x, y)
-    norms = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
-    cosine = (x * y).sum() / norms
-    x, y = x.masked_fill(tied, 0), y.masked_fill(tied, 0)
-    (row_z, row_resolution), (column_z, column_resolution) = _compare(x, y), _compare(x.mT, y.mT)
+    cosine = x @ y / (torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y))
+    row_z, row_resolution = _compare(blocks)
+    column_z, column_resolution = _compare([(x.mT, y.mT) for x, y in blocks])
     # The side that sees less decides, as it does for z.
-    seen = max((r for r in (row_resolution, column_resolution) if not math.isnan(r)), default=math.nan)
-    return UnitMatch(cosine.item(), row_z, column_z, seen, identical)
+    resolution = max((r for r in (row_resolution, column_resolution) if not math.isnan(r)), default=math.nan)
+    identical = torch.equal(x, y) and torch.equal(a, b.to(a.device))
+    return UnitMatch(cosine.item(), row_z, column_z, resolution, identical)
 
 
 def shared_start(pairs: Mapping[str, tuple[Tensor, Tensor]], limit: int = 256, seed: int = 0) -> SharedStart:
@@ -204,37 +203,58 @@ def _verdict(matches: list[UnitMatch]) -> Verdict:
     return "undetermined"
 
 
-def _sample(weight: Tensor, limit: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows and columns of the unfolded weight are compared, and which of their entries tie a unit to itself."""
+def _indices(weight: Tensor, limit: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns of the blocks of the unfolded weight that are compared: none has an entry that ties a unit to itself.
+
+    Half the units' rows with the other half's columns, and the reverse. Masking single entries instead would leave gaps
+    in corresponding places, which correspond.
+    """
     generator = torch.Generator().manual_seed(seed)
-    view = real_view(weight)
-    out, channels = view.shape[:2]
-    positions = math.prod(view.shape[2:])
-    rows, columns = (
-        torch.randperm(size, generator=generator)[:limit].sort().values for size in (out, channels * positions)
-    )
-    # Modulo the shorter side, for gates and projections that are stacked in one weight. Where that side is short, the
-    # entries would be too large a share of all.
+    out, channels, *trailing = real_view(weight).shape
+    # Modulo the shorter side, for gates and projections that are stacked in one weight.
     size = min(out, channels)
-    tied = rows[:, None] % size == (columns // positions) % size if size >= _MIN_UNITS else torch.tensor(False)
-    return rows, columns, tied
+    row_units = torch.arange(out) % size
+    column_units = torch.arange(channels).repeat_interleave(math.prod(trailing)) % size
+    # Units of a short side, mostly classes or image channels, are hardly the same as those of the other side.
+    parts = 2 if size >= _MIN_UNITS else 1
+    half = torch.randperm(size, generator=generator) % parts
+    return [
+        (
+            _sample((half[row_units] == part).nonzero().flatten(), limit // parts, generator),
+            _sample((half[column_units] == parts - 1 - part).nonzero().flatten(), limit // parts, generator),
+        )
+        for part in range(parts)
+    ]
 
 
-def _compare(x: Tensor, y: Tensor) -> tuple[float, float]:
+def _sample(indices: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    return indices[torch.randperm(len(indices), generator=generator)[:limit].sort().values]
+
+
+def _block(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    matrix = real_view(weight).flatten(1)
+    return matrix[rows[:, None].to(matrix.device), columns.to(matrix.device)].cpu().double()
+
+
+def _compare(blocks: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """How much better than others corresponding rows agree, in standard deviations, and what would have been 5 of them.
 
-    Both NaN where the rows are too few, or all alike.
+    Rows are paired within each block. Both NaN where they are too few, or all alike.
     """
-    count = len(x)
+    count = sum(len(x) for x, _ in blocks)
     if count < _MIN_UNITS:
         return math.nan, math.nan
-    # Correlations have no scale, so a unit that did nothing but decay still shows its start.
-    r = _standardised(x) @ _standardised(y).mT
-    r = r - r.mean(0) - r.mean(1, keepdim=True) + r.mean()
-    deviation = r.square().sum().div(count - 1).sqrt().item()
-    if deviation <= _ROUNDING * math.sqrt(count):
+    agreement, variance = [], 0.0
+    for x, y in blocks:
+        # Correlations have no scale, so a unit that did nothing but decay still shows its start.
+        r = _standardised(x) @ _standardised(y).mT
+        r = r - r.mean(0) - r.mean(1, keepdim=True) + r.mean()
+        agreement.append(r.diagonal())
+        variance += r.square().sum().item() / (len(r) - 1)
+    if variance <= _ROUNDING**2 * count:
         return math.nan, math.nan
-    kept = r.diagonal().sort().values[:-_LEFT_OUT]
+    kept = torch.cat(agreement).sort().values[:-_LEFT_OUT]
+    deviation = math.sqrt(variance)
     return kept.sum().item() / deviation, _MATCH * deviation / len(kept)
 
 
