@@ -25,14 +25,14 @@ from lightning_lowrank.functional import (
 )
 from lightning_lowrank.functional._certificate import wide
 from lightning_lowrank.matrices import Layout, Overrides, layouts_of_names, weight_layouts
-from lightning_lowrank.weight_files import (
+from lightning_lowrank.weight_report import MatrixSpectrum, WeightReport
+from lightning_lowrank.weights import (
     StoredWeights,
     stored_weights,
     weights_of_mapping,
     weights_of_module,
     with_normalised,
 )
-from lightning_lowrank.weight_report import MatrixSpectrum, WeightReport
 
 # Types whose numbers are the weights. Integers and bytes are codes, which mean nothing without their scales.
 _TYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_lowrank.layers import _FUSED, _HEADS, _OUTPUT, _out_dim
 from lightning_lowrank.naming import strip_wrappers
-from lightning_lowrank.weight_files import Weight, named_weights
+from lightning_lowrank.weights import Weight, named_weights
 
 _QKV = ("query", "key", "value")
 _GATES = {4: ("input", "forget", "cell", "output"), 3: ("reset", "update", "new")}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from lightning_lowrank.weight_files import stored_weights, weights_of_mapping
+from lightning_lowrank.weights import stored_weights, weights_of_mapping
 from tests.hostile import FILES, STATE, TRACE, touching
 from tests.hostile.distributed import place_of
 from tests.hostile.making import archive, storage, tensor

@@ -16,7 +16,7 @@ from lightning_lowrank.matrices import (
     layouts_of_parameters,
     weight_layouts,
 )
-from lightning_lowrank.weight_files import named_weights
+from lightning_lowrank.weights import named_weights
 
 QKV = ("query", "key", "value")
 

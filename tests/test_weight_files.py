@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as planned
 
-from lightning_lowrank.inert_pickle import InertUnpickler, check_calls
-from lightning_lowrank.weight_files import stored_weights, weights_of_mapping
+from lightning_lowrank.weights import stored_weights, weights_of_mapping
+from lightning_lowrank.weights.inert_pickle import InertUnpickler, check_calls
 from tests.conftest import make_classifier, make_loader, make_trainer, mlp
 
 

@@ -174,11 +174,11 @@ def shared_start(pairs: Mapping[str, tuple[Tensor, Tensor]], limit: int = 256, s
         >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> start, noise = torch.randn(2, 3, 64, 64, generator=generator)
-        >>> found = shared_start({f"layer{k}": (w, w + d) for k, (w, d) in enumerate(zip(start, noise))})
+        >>> found = shared_start({f"layer{k}": (w, w + d / 2) for k, (w, d) in enumerate(zip(start, noise))})
         >>> found.verdict
         'shared'
         >>> print(found)
-        shared start: units correspond in 3 of 3 layers that can tell, median cosine 0.70
+        shared start: units correspond in 3 of 3 layers that can tell, median cosine 0.90
     """
     layers = {}
     for name, (a, b) in pairs.items():
@@ -204,10 +204,10 @@ def _verdict(matches: list[UnitMatch]) -> Verdict:
 
 
 def _indices(weight: Tensor, limit: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Rows and columns of the blocks of the unfolded weight that are compared: none has an entry that ties a unit to itself.
+    """Rows and columns of the blocks of the unfolded weight that are compared.
 
-    Half the units' rows with the other half's columns, and the reverse. Masking single entries instead would leave gaps
-    in corresponding places, which correspond.
+    Half the units' rows with the other half's columns, and the reverse, so that no entry ties a unit to itself. Masking
+    those entries instead would leave gaps, in the same places in both networks.
     """
     generator = torch.Generator().manual_seed(seed)
     out, channels, *trailing = real_view(weight).shape

@@ -15,7 +15,7 @@ from lightning_lowrank.merging.atomic import Draft
 from lightning_lowrank.merging.engine import Merge
 from lightning_lowrank.merging.output import Output
 from lightning_lowrank.merging.report import MergeReport
-from lightning_lowrank.weight_files import StoredWeights
+from lightning_lowrank.weights import StoredWeights
 
 _PACKAGES = ("lightning-lowrank", "torch", "lightning", "safetensors")
 _MISSING = "missing"

@@ -24,7 +24,7 @@ from lightning_lowrank.merging.output import FileHashes, Hash, Output, Part, wri
 from lightning_lowrank.merging.plan import Entry, MergePlan
 from lightning_lowrank.merging.policy import MergePolicy, some
 from lightning_lowrank.merging.report import MergeReport
-from lightning_lowrank.weight_files import StoredWeights, stored_weights, with_normalised
+from lightning_lowrank.weights import StoredWeights, stored_weights, with_normalised
 
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 # What belongs to a training run and not to its network: it means nothing for a merge.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_lowrank._compat import LightningModule, Trainer
+from lightning_lowrank.functional.start import shared_start
 from lightning_lowrank.merging.card import differences
 from lightning_lowrank.merging.comparison import Outputs, default_outputs
 from lightning_lowrank.merging.engine import Merge, check_coefficients
@@ -279,8 +280,6 @@ class WeightSumMerger:
 
     def _said(self, settings: dict[str, Any], modules: Sequence[Any], merge: Merge) -> list[str]:
         """What a reader has to know about the networks; settings get it as data."""
-        from lightning_lowrank.functional.start import shared_start
-
         notes = []
         start = shared_start(merge.matrices())
         settings["start"] = start.verdict

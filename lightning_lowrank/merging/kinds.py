@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchmetrics import Metric
 
 from lightning_lowrank.naming import strip_wrappers
-from lightning_lowrank.weight_files import StoredWeights, named_weights
+from lightning_lowrank.weights import StoredWeights, named_weights
 
 
 class MergeError(ValueError):

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lowrank.merging.kinds import Described, Kind, describe_module, describe_stored, refusal
 from lightning_lowrank.merging.plan import Entry, MergePlan
-from lightning_lowrank.weight_files import stored_weights, with_normalised
+from lightning_lowrank.weights import stored_weights, with_normalised
 
 Table = Mapping[str, Described]
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ def near(weight, distance=1.0, seed=99):
 # --- the statistic
 
 
-@pytest.mark.parametrize("shape", [(24, 12), (12, 24), (20, 2, 3, 3)])
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24), (20, 1, 3, 3)])
 def test_z_is_the_excess_over_permutations_in_their_standard_deviations(shape):
     """Against numpy's correlations and a standard deviation over 20,000 random pairings."""
     a = random(*shape)
@@ -40,8 +41,7 @@ def test_z_is_the_excess_over_permutations_in_their_standard_deviations(shape):
     kept = np.sort(np.diag(r - r.mean(0) - r.mean(1, keepdims=True) + r.mean()))[:-3]
     found = unit_match(a, b)
     assert found.z == pytest.approx(kept.sum() / totals.std(), rel=0.03)
-    if math.isnan(found.columns) or math.isnan(found.rows):
-        assert found.resolution == pytest.approx(5 * totals.std() / (count - 3), rel=0.03)
+    assert found.resolution == pytest.approx(5 * totals.std() / (count - 3), rel=0.03)
     assert found.cosine == pytest.approx(np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
 
 
@@ -96,8 +96,8 @@ def test_large_weights_are_sampled_by_a_generator_of_their_own():
     assert found == unit_match(a, b, limit=64)
     assert found != unit_match(a, b, limit=64, seed=1)
     assert found.matched
-    # As small a sample as that of a matrix of the size.
-    assert found.resolution == pytest.approx(5 / 64, rel=0.15)
+    # Two blocks of 32 x 32: each correlation has a standard deviation of 1 / sqrt(32).
+    assert found.resolution == pytest.approx(5 / math.sqrt(32) / math.sqrt(64), rel=0.15)
 
 
 # --- what is no match
@@ -120,8 +120,8 @@ def test_the_same_units_in_another_order_do_not_match():
 )
 def test_an_identity_initialisation_is_no_common_start(start):
     a, b = (near(start, 0.02, seed=seed) for seed in (1, 2))
+    assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.5
     found = unit_match(a, b)
-    assert found.cosine > 0.5
     assert not found.matched
     assert found.resolution < 0.2
 
@@ -151,7 +151,7 @@ def test_sides_of_few_units_are_not_tested():
     classes = unit_match(random(10, 64), near(random(10, 64)))
     assert classes.rows == NOT_TESTED
     assert classes.z == classes.columns > 5
-    channels = unit_match(random(64, 3), near(random(64, 3)))
+    channels = unit_match(random(64, 3), near(random(64, 3), 0.3))
     assert channels.columns == NOT_TESTED
     assert channels.z == channels.rows > 5
     tiny = unit_match(random(8, 8), random(8, 8))
@@ -297,7 +297,7 @@ def trained(starts, *, split, weight_decay, steps, lr=0.05, batch=64):
 
 def initialised(count, seed=0, sizes=(64, 48, 48, 10)):
     generator = torch.Generator().manual_seed(seed)
-    pairs = zip(sizes, sizes[1:], strict=False)
+    pairs = itertools.pairwise(sizes)
     return [torch.randn(count, out, size, generator=generator) * math.sqrt(1 / size) for size, out in pairs]
 
 
@@ -310,7 +310,7 @@ def compared(weights):
 @pytest.mark.parametrize("split", [False, True], ids=["same task", "split task"])
 @pytest.mark.parametrize("weight_decay", [0.0, 5e-3])
 def test_separately_initialised_networks_are_never_called_shared(split, weight_decay):
-    found = compared(trained(initialised(60), split=split, weight_decay=weight_decay, steps=120))
+    found = compared(trained(initialised(60), split=split, weight_decay=weight_decay, steps=100))
     assert {start.verdict for start in found} == {"separate"}
     hidden = [start.layers["1"] for start in found]
     z = torch.tensor([[match.rows, match.columns] for match in hidden] + [[s.layers["0"].rows] * 2 for s in found])
@@ -322,14 +322,14 @@ def test_separately_initialised_networks_are_never_called_shared(split, weight_d
 @pytest.mark.parametrize("weight_decay", [0.0, 5e-3])
 def test_networks_from_one_start_are_recognised(split, weight_decay):
     """With decay, a factor of .55 of the start is left."""
-    starts = [start.repeat_interleave(2, 0) for start in initialised(20)]
+    starts = [start.repeat_interleave(2, 0) for start in initialised(12)]
     found = compared(trained(starts, split=split, weight_decay=weight_decay, steps=240))
     assert {start.verdict for start in found} == {"shared"}
 
 
 def test_a_start_that_decay_has_erased_leaves_no_trace():
     """exp(-0.1 * 0.05 / (1 - 0.9) * 240) = 6e-6 of it is left, on tasks that share nothing either."""
-    starts = [start.repeat_interleave(2, 0) for start in initialised(20)]
+    starts = [start.repeat_interleave(2, 0) for start in initialised(12)]
     found = compared(trained(starts, split=True, weight_decay=0.05, steps=240, lr=0.1))
     assert "shared" not in {start.verdict for start in found}
 

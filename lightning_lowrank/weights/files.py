@@ -8,22 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_lowrank.distributed_files import METADATA, distributed_weights
-from lightning_lowrank.file_checks import UnreadableError, is_plain_name
-from lightning_lowrank.module_weights import Weight, named_weights, weights_of_module
-from lightning_lowrank.safetensors_files import by_number, safetensors_weights, unique
-from lightning_lowrank.torch_files import torch_weights
-from lightning_lowrank.weight_source import StoredWeights, weights_of_mapping, with_normalised
-
-__all__ = [
-    "StoredWeights",
-    "Weight",
-    "named_weights",
-    "stored_weights",
-    "weights_of_mapping",
-    "weights_of_module",
-    "with_normalised",
-]
+from lightning_lowrank.weights.checks import UnreadableError, is_plain_name
+from lightning_lowrank.weights.distributed_files import METADATA, distributed_weights
+from lightning_lowrank.weights.safetensors_files import by_number, safetensors_weights, unique
+from lightning_lowrank.weights.source import StoredWeights
+from lightning_lowrank.weights.torch_files import torch_weights
 
 _INDEX = ".index.json"
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
 
-from lightning_lowrank.file_checks import MOST_DIMENSIONS, UnreadableError
+from lightning_lowrank.weights.checks import MOST_DIMENSIONS, UnreadableError
 
 # What torch.save calls the types of numbers; newer ones have their own names.
 _STORAGES = {

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_lowrank.naming import strip_wrappers
-from lightning_lowrank.weight_source import NO_DATA, StoredWeights
+from lightning_lowrank.weights.source import NO_DATA, StoredWeights
 
 
 @dataclass(frozen=True)

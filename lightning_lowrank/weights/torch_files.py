@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_lowrank.file_checks import UnreadableError, kind_of, torch_records
-from lightning_lowrank.inert_pickle import Call, InertUnpickler, check_calls
-from lightning_lowrank.weight_source import Mapped, StoredWeights, weights_of_mapping
+from lightning_lowrank.weights.checks import UnreadableError, kind_of, torch_records
+from lightning_lowrank.weights.inert_pickle import Call, InertUnpickler, check_calls
+from lightning_lowrank.weights.source import Mapped, StoredWeights, weights_of_mapping
 
 # A torch.save before torch 1.6 is pickle after pickle: a magic number, a version, the machine, the content, the keys.
 _LEGACY_PICKLES = 4

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 
-from lightning_lowrank.file_checks import MOST_DIMENSIONS, Slice, UnreadableError, is_plain_name, torch_records
-from lightning_lowrank.inert_pickle import Call, InertUnpickler, described_tensor, named_type
-from lightning_lowrank.torch_files import torch_content
-from lightning_lowrank.weight_source import RAW, STATE_KEYS, Mapped, StoredWeights, mapped_file, no_raw, stripped, view
+from lightning_lowrank.weights.checks import MOST_DIMENSIONS, Slice, UnreadableError, is_plain_name, torch_records
+from lightning_lowrank.weights.inert_pickle import Call, InertUnpickler, described_tensor, named_type
+from lightning_lowrank.weights.source import RAW, STATE_KEYS, Mapped, StoredWeights, mapped_file, no_raw, stripped, view
+from lightning_lowrank.weights.torch_files import torch_content
 
 METADATA = ".metadata"
 _AGAIN = "; copy or download the folder again"

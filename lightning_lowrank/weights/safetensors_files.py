@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 
-from lightning_lowrank.file_checks import MOST_DIMENSIONS, UnreadableError, kind_of
-from lightning_lowrank.weight_source import Mapped, StoredWeights, mapped_file, no_raw, stripped, view
+from lightning_lowrank.weights.checks import MOST_DIMENSIONS, UnreadableError, kind_of
+from lightning_lowrank.weights.source import Mapped, StoredWeights, mapped_file, no_raw, stripped, view
 
 # https://github.com/huggingface/safetensors#format; a torch that lacks a type can't read it.
 _TYPES = {
