@@ -18,8 +18,8 @@ Verdict = Literal["shared", "separate", "undetermined"]
 # One-sided, for a normal variable, 3e-7: one false layer in three million. The largest value among 15,000 hidden sides
 # of separately trained networks was 3.1.
 _MATCH = 5.0
-# A correlation that is surely left of a common start without weight decay (.39 and more in networks trained to the end
-# on different classes): a layer in which this much could hide says nothing.
+# Less than what is left of a common start without weight decay (cosines of .40 and more in the hidden layers of networks
+# trained to the end on different classes): a layer in which this much could hide says nothing.
 _TELLING = 0.25
 # Shorter sides are mostly classes, image channels or heads, not hidden units, and have too few permutations for the
 # statistic to be near normal.
@@ -120,7 +120,7 @@ def unit_match(a: Tensor, b: Tensor, limit: int = 256, seed: int = 0) -> UnitMat
         seed: Of the draw; the global random state is not used.
 
     Raises:
-        ValueError: If the shapes differ or are no matrices, a sampled entry is not finite, or limit is below 16.
+        ValueError: If the shapes differ, are empty or no matrices, a sampled entry is not finite, or limit is below 16.
 
     Example:
         >>> import torch
@@ -129,9 +129,9 @@ def unit_match(a: Tensor, b: Tensor, limit: int = 256, seed: int = 0) -> UnitMat
         >>> unit_match(start + other, start).matched, unit_match(start, other).matched
         (True, False)
     """
-    if a.shape != b.shape or a.ndim < 2:
+    if a.shape != b.shape or a.ndim < 2 or a.numel() == 0:
         raise ValueError(
-            f"the two weights have shapes {tuple(a.shape)} and {tuple(b.shape)}; pass two of one shape (out, in, ...)"
+            f"the two weights have shapes {tuple(a.shape)} and {tuple(b.shape)}; pass two of one shape (out, in, ...), not empty"
         )
     if limit < _MIN_UNITS:
         raise ValueError(

@@ -11,11 +11,12 @@ from torch import nn
 
 from lightning_lowrank._compat import LightningModule, Trainer
 from lightning_lowrank.functional.start import shared_start
+from lightning_lowrank.merging.batch_norm import batch_norms, mixed, reestimate
 from lightning_lowrank.merging.card import differences
 from lightning_lowrank.merging.comparison import Outputs, default_outputs
 from lightning_lowrank.merging.engine import Merge, check_coefficients
 from lightning_lowrank.merging.modules import copy_module, merge_with_heads, with_trunk
-from lightning_lowrank.merging.policy import MergePolicy
+from lightning_lowrank.merging.policy import MergePolicy, some
 from lightning_lowrank.merging.report import MergeReport
 from lightning_lowrank.merging.runs import STEPS, Runs, checked_tasks
 from lightning_lowrank.merging.sweep import CoefficientSweep, candidates_for
@@ -260,8 +261,6 @@ class WeightSumMerger:
         statistics = {entry.rule for entry in merge.plan.entries if entry.kind == "statistic"}
         if "mean" in statistics:
             models["sum_pooled"] = self._merge(modules, wanted, self.coefficients, self.policy.with_pooled())[0]
-        from lightning_lowrank.merging.batch_norm import batch_norms
-
         if batch_norms(models["sum"]) and not self.heads:
             models["sum_reestimated"] = copy_module(models["sum"])
         models["average"] = self._merge(modules, wanted, [1 / count] * count)[0]
@@ -294,8 +293,13 @@ class WeightSumMerger:
 
 
 def _reestimate(model: Any, runs: Runs, tasks: Mapping[str, Any]) -> list[str]:
-    """Measure running statistics on all tasks; what could not be measured is returned."""
-    from lightning_lowrank.merging.batch_norm import reestimate
-
-    note = reestimate(model, [partial(runs.pass_over, model, loader) for loader in tasks.values()])
-    return [note] if note else []
+    """Measure running statistics on all tasks; what could not be measured as it should be is returned."""
+    notes = []
+    loaders = [*tasks.values()]
+    try:
+        loaders = [mixed(loaders)]
+    except ValueError as error:
+        notes.append(f"running statistics were re-estimated on one task after the other: {error}")
+    if unseen := reestimate(model, [partial(runs.pass_over, model, loader) for loader in loaders]):
+        notes.append(f"{some(unseen)}: saw no batch of two values per channel, so running statistics stay as merged")
+    return notes

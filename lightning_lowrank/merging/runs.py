@@ -41,7 +41,8 @@ class Runs:
         found = [namespace_of(module) for module in modules]
         names = " and ".join(type(module).__name__ for module in modules)
         if found[0] is None or any(namespace is not found[0] for namespace in found):
-            raise TypeError(f"evaluate needs LightningModules of one Lightning package, got {names}")
+            count = {2: "two "}.get(len(modules), "")
+            raise TypeError(f"evaluate needs {count}LightningModules of one Lightning package, got {names}")
         stages = [stage for stage, step in STEPS.items() if all(overrides(module, step) for module in modules)]
         if not stages:
             raise TypeError(f"{names} need a test_step or a validation_step to be evaluated")
@@ -85,7 +86,8 @@ class Runs:
         if recorder.problem:
             notes.append(recorder.problem)
         # A module's own metric keeps its name where one of ours is called the same.
-        return {name: {**found, **(recorder.metrics(name) | found)} for name, found in logged.items()}, notes
+        order = [*models, *([ENSEMBLE] if ensemble else [])]
+        return {name: {**logged[name], **(recorder.metrics(name) | logged[name])} for name in order}, notes
 
     def run(self, model: Any, loader: Any) -> dict[str, float]:
         """The model's own metrics from a pass over the loader."""

@@ -254,8 +254,9 @@ def test_a_sentence_says_what_was_found():
 def test_what_can_not_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"shapes \(16, 3\) and \(16, 4\); pass two of one shape"):
         unit_match(torch.ones(16, 3), torch.ones(16, 4))
-    with pytest.raises(ValueError, match=r"shapes \(16,\) and \(16,\)"):
-        unit_match(torch.ones(16), torch.ones(16))
+    for weight in (torch.ones(16), torch.ones(0, 16)):
+        with pytest.raises(ValueError, match=r"have shapes .*; pass two of one shape \(out, in, \.\.\.\), not empty"):
+            unit_match(weight, weight)
     with pytest.raises(ValueError, match="limit must be at least 16"):
         unit_match(torch.ones(16, 3), torch.ones(16, 3), limit=8)
     with pytest.raises(

@@ -146,7 +146,7 @@ def test_base_and_coefficients_reach_the_merge():
     loss = nn.functional.cross_entropy(merged(inputs), labels).item()
     assert report.value("task_1", "sum", "test_loss") == pytest.approx(loss, rel=1e-5)
     assert report.settings == {
-        "module": "Classifier", "coefficients": [0.3, 0.8], "base": True, "step": "test_step",
+        "module": "Classifier", "coefficients": [0.3, 0.8], "base": True, "step": "test_step", "start": "undetermined",
     }  # fmt: skip
 
 

@@ -102,6 +102,10 @@ class LoRA(Classifier):
     def forward(self, inputs):
         return self.net(inputs.flatten(1))
 
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trained, lr=0.01)
+
 
 class Headed(Classifier):
     """A trunk, and a head with as many classes as the task has."""
@@ -333,7 +337,7 @@ def test_coefficients_are_swept_on_held_out_data(tmp_path):
     assert str(sweep).count("best") == 1
     sweep.save(tmp_path / "sweep.json")
     assert len(merger.sweep(*nets, held_out).candidates) == 12
-    with pytest.raises(ValueError, match=r"no metric 'f1' on task 'top'; there are: joint_accuracy"):
+    with pytest.raises(ValueError, match=r"no metric 'f1' on task 'top'; there are: acc, loss, joint_accuracy"):
         merger.sweep(*nets, held_out, metric="f1")
     with pytest.raises(ValueError, match="candidates is empty"):
         merger.sweep(*nets, held_out, candidates=[])
