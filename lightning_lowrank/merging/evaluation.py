@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lowrank._compat import LightningModule, Trainer
 from lightning_lowrank.functional.start import shared_start
-from lightning_lowrank.merging.batch_norm import batch_norms, mixed, reestimate
+from lightning_lowrank.merging.running_statistics import batch_norms, mixed, reestimate
 from lightning_lowrank.merging.card import differences
 from lightning_lowrank.merging.comparison import Outputs, default_outputs
 from lightning_lowrank.merging.engine import Merge, check_coefficients

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lowrank.merging.batch_norm import batch_norms, mixed, reestimate
+from lightning_lowrank.merging.running_statistics import batch_norms, mixed, reestimate
 
 
 def network(seed=0):
