@@ -68,7 +68,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], float, int]] = {
     "MLP with LayerNorm": (lambda channels: mlp(channels, lambda: nn.LayerNorm(256), nn.ReLU), 0.05, 20),
     "MLP with PReLU": (lambda channels: mlp(channels, lambda: nn.PReLU(256)), 0.05, 20),
     "CNN with BatchNorm": (cnn, 0.05, 8),
-    "transformer": (Patches, 0.02, 15),
+    "transformer": (Patches, 0.02, 8),
 }
 # What differs from the default policy, by what it is called in the table.
 RULES: dict[str, dict[str, str]] = {
