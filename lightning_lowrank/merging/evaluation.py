@@ -184,13 +184,9 @@ class WeightSumMerger:
         sweep = CoefficientSweep(list(tasks), metric, minimize, [], [])
         for coefficients in candidates_for(candidates, len(modules)):
             values = []
-            models: Models | None = None
-            for index, (task, loader) in enumerate(tasks.items()):
-                if models is None or self.heads:
-                    merged = self._merge(modules, task if self.heads else None, coefficients)[0]
-                    models = {originals[index]: copy_module(modules[index]), "sum": merged}
-                models = {originals[index]: copy_module(modules[index]), "sum": models["sum"]}
-                found, _ = runs.measure(task, loader, models, originals[index])
+            for (task, loader), own, module in zip(tasks.items(), originals, modules, strict=True):
+                merged, _ = self._merge(modules, task if self.heads else None, coefficients)
+                found, _ = runs.measure(task, loader, {own: copy_module(module), "sum": merged}, own)
                 if metric not in found["sum"]:
                     raise ValueError(f"no metric {metric!r} on task {task!r}; there are: {', '.join(found['sum'])}")
                 values.append(found["sum"][metric])
