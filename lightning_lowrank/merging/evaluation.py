@@ -11,13 +11,13 @@ from torch import nn
 
 from lightning_lowrank._compat import LightningModule, Trainer
 from lightning_lowrank.functional.start import shared_start
-from lightning_lowrank.merging.running_statistics import batch_norms, mixed, reestimate
 from lightning_lowrank.merging.card import differences
 from lightning_lowrank.merging.comparison import Outputs, default_outputs
 from lightning_lowrank.merging.engine import Merge, check_coefficients
 from lightning_lowrank.merging.modules import copy_module, merge_with_heads, with_trunk
 from lightning_lowrank.merging.policy import MergePolicy, some
 from lightning_lowrank.merging.report import MergeReport
+from lightning_lowrank.merging.running_statistics import batch_norms, mixed, reestimate
 from lightning_lowrank.merging.runs import STEPS, Runs, checked_tasks
 from lightning_lowrank.merging.sweep import CoefficientSweep, candidates_for
 

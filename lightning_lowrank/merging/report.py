@@ -143,7 +143,9 @@ class MergeReport(Saved):
         for index, model in enumerate(self.models):
             heights = [self.metrics.get(f"{task}/{model}/{metric}", math.nan) for task in self.tasks]
             left = [position + (index - (len(self.models) - 1) / 2) * width for position in range(len(self.tasks))]
-            bars = axes.bar(left, heights, width * 0.92, label=model, color=_COLOURS[index % len(_COLOURS)])
+            bars = axes.bar(
+                left, heights, width * 0.92, label=model, color=_COLOURS.get(model, _GREYS[index % len(_GREYS)])
+            )
             axes.bar_label(bars, labels=[_shown(height) for height in heights], fontsize=7, padding=1)
         axes.set_xticks(range(len(self.tasks)), [f"{task}\n(trained: {own})" for task, own in self.tasks.items()])
         axes.set_ylabel(metric.replace("_", " "))
@@ -169,8 +171,15 @@ class MergeReport(Saved):
                 one.save()
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers too: the two networks grey, the merges in colour.
-_COLOURS = ("#999999", "#555555", "#0072B2", "#56B4E9", "#E69F00")
+# Okabe and Ito's colours, told apart by colour-blind readers too: the networks grey, the merges in colour.
+_GREYS = ("#999999", "#555555", "#bbbbbb", "#333333")
+_COLOURS = {
+    "sum": "#0072B2",
+    "sum_pooled": "#009E73",
+    "sum_reestimated": "#CC79A7",
+    "average": "#56B4E9",
+    "ensemble": "#E69F00",
+}
 
 
 def _shown(value: float) -> str:
