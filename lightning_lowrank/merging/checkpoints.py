@@ -101,6 +101,8 @@ def merge_checkpoints(
     if adapters:
         _check_absent(target.with_name(CONFIG), force)
     files = [file for one in stored for file in one.files]
+    if target.exists() and any(target.samefile(file) for file in files):
+        raise FileExistsError(f"the output {str(target)!r} is one of the files of an input; name another file")
     size = sum(_bytes(merge, entry) for entry in merge.plan.entries)
     _check_space(target, size)
     settings = {

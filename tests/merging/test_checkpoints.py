@@ -424,6 +424,20 @@ def test_outputs_are_not_overwritten_unasked(tmp_path, pair):
         merge_checkpoints(paths[:1], tmp_path / "n.ckpt")
 
 
+def test_a_shard_of_an_input_is_not_overwritten(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_file({"x.weight": torch.ones(2, 2)}, tmp_path / folder / "part.safetensors")
+        index = {"weight_map": {"x.weight": "part.safetensors"}}
+        (tmp_path / folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    indexes = [tmp_path / folder / "model.safetensors.index.json" for folder in ("a", "b")]
+    shard = tmp_path / "a" / "part.safetensors"
+    before = shard.read_bytes()
+    with pytest.raises(FileExistsError, match=r"is one of the files of an input; name another file"):
+        merge_checkpoints(indexes, shard, force=True)
+    assert shard.read_bytes() == before
+
+
 def test_failures_leave_nothing_behind(tmp_path, pair, monkeypatch):
     paths, _ = pair
     before = names(tmp_path)
