@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from lightning_lowrank import __version__
+from lightning_lowrank import MergeError, __version__
 
 if TYPE_CHECKING:
     from lightning_lowrank.merging.policy import MergePolicy
@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs: dict[str, Callable[[Any], None]] = {"demo": _demo, "inspect": _inspect, "merge": partial(_merge, words)}
     try:
         runs[options.command](options[options.command])
+    except MergeError as error:
+        # A list of obstacles, one per line.
+        print(f"lightning-lowrank {options.command}: {error}", file=sys.stderr)
+        return 1
     except (OSError, ValueError, ImportError) as error:
         print(f"lightning-lowrank {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -78,12 +82,17 @@ def _inspect_options() -> ArgumentParser:
     )
     inspect.add_argument("--json", type=Path, help="save the report, singular values included, as this .json file")
     inspect.add_argument("--figure", type=Path, help=f"draw the spectra to this file ({', '.join(_FIGURES)})")
-    inspect.add_argument("--include", type=str, nargs="+", default=[], help="patterns of names to measure, as 'net.*'")
-    inspect.add_argument("--exclude", type=str, nargs="+", default=[], help="patterns of names to leave out")
+    inspect.add_argument(
+        "--include", type=str, nargs="+", action="extend", default=[], help="patterns of names to measure, as 'net.*'"
+    )
+    inspect.add_argument(
+        "--exclude", type=str, nargs="+", action="extend", default=[], help="patterns of names to leave out"
+    )
     inspect.add_argument(
         "--matrices",
         type=str,
         nargs="+",
+        action="extend",
         default=[],
         help="how weights are read: pattern=kind, as '*.attn.weight=qkv' or '*.conv.weight=groups:32' (pattern=none"
         " leaves one out), or all in one JSON object",
@@ -106,6 +115,7 @@ def _merge_options() -> ArgumentParser:
         "--rule",
         type=str,
         nargs="+",
+        action="extend",
         default=[],
         help="rules by name or kind, as '*.head.*=first' or 'embedding=mean'; rules are sum, mean, first, equal, pooled"
         " and error",
@@ -115,7 +125,7 @@ def _merge_options() -> ArgumentParser:
     merge.add_argument("--evaluation", type=Path, help="a saved MergeReport of an evaluation, for the merge card")
     merge.add_argument("--hash", type=Literal["blake3", "sha256"], default="blake3", help="used in the merge card")
     merge.add_argument(
-        "--dry-run", action="store_true", help="print what would be done with every tensor, write nothing"
+        "--dry-run", action="store_true", help="print what would be done with every tensor; no values are read"
     )
     merge.add_argument("--force", action="store_true", help="replace the output if it exists")
     return merge
@@ -156,12 +166,13 @@ def _inspect(options: Any) -> None:
 
 
 def _merge(words: Sequence[str], options: Any) -> None:
-    from lightning_lowrank.merging.checkpoints import merge_checkpoints, prepare
+    from lightning_lowrank.merging.checkpoints import check_target, merge_checkpoints, prepare
     from lightning_lowrank.merging.report import MergeReport
 
     policy = _policy(options.rule, options.lora_rank)
     evaluation = None if options.evaluation is None else MergeReport.load(options.evaluation)
     console = Console()
+    check_target(options.output, [*options.checkpoints, *([options.base] if options.base else [])], options.force)
     if options.dry_run:
         plan = prepare(options.checkpoints, options.base, options.coefficients, policy, raw=options.raw)[1].plan
         console.print(plan) if console.is_terminal else print(plan)
@@ -207,11 +218,13 @@ def _terminated() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {end: signal.signal(end, stop) for end in ends}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for end, handler in previous.items():
+            signal.signal(end, handler)
 
 
 def _check_output(path: Path | None, suffixes: tuple[str, ...]) -> None:

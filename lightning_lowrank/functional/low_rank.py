@@ -21,6 +21,11 @@ class LowRank(NamedTuple):
         down: The inner factor A, shape ``(rank, in)``.
         discarded: What the factors leave out of the exact sum, relative to it, both in the Frobenius norm: from 0 to 1,
             the square root of the energy left out. 0.0 where nothing is.
+
+    Example:
+        >>> update = LowRank(torch.ones(3, 1), torch.ones(1, 2), discarded=0.0)
+        >>> (update.up @ update.down).shape
+        torch.Size([3, 2])
     """
 
     up: Tensor

@@ -72,6 +72,10 @@ class SharedStart:
             that weight decay has erased looks the same, and so do networks with their units in a different order.
             "undetermined": too few or too small layers, or layers that disagree.
         layers: The match of each layer.
+
+    Example:
+        >>> SharedStart("undetermined", {}).verdict
+        'undetermined'
     """
 
     verdict: Verdict

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from lightning_lowrank.merging.engine import Merge
 from lightning_lowrank.merging.kinds import MergeError
 from lightning_lowrank.merging.plan import Entry
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT puts before and after the name of an adapted module.
-_MODULE = re.compile(r"(base_model\.model\.)?(?P<module>.*?)\.lora_(embedding_)?[AB](\.weight)?")
+_MODULE = re.compile(r"(.*?base_model\.model\.)?(?P<module>.*?)\.lora_(embedding_)?[AB](\..*)?")
 # What makes an update something else than scale * B A.
 _OTHERWISE = ("use_dora", "use_bdlora", "lora_bias", "megatron_config", "layer_replication", "use_qalora")
 
@@ -104,20 +107,39 @@ def merged_config(adapters: Sequence[Adapter], entries: Sequence[Entry], ranks: 
         entries: Of the factors next to the input.
         ranks: Their merged ranks by name.
     """
-    first = adapters[0]
-    modules = {module_of(entry.name): (ranks[entry.name], first.scale(entry.name)) for entry in entries}
+    scales = {entry.name: adapters[0].scale(entry.name) for entry in entries}
+    return json.dumps({**adapters[0].content, **_ranks_and_scales(entries, ranks, scales)}, indent=2) + "\n"
+
+
+def update_configs(merged: nn.Module, merge: Merge) -> None:
+    """Let PEFT's configurations in a merged module say what its adapters are now, so that they can be saved."""
+    downs = [entry for entry in merge.plan.entries if entry.pair and entry.pair[0] == entry.name]
+    for owner in merged.modules():
+        configs = getattr(owner, "peft_config", None)
+        for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
+            own = [entry for entry in downs if f".{adapter}." in f"{entry.name}."]
+            if own:
+                ranks = {entry.name: merge.rank(entry) for entry in own}
+                scales = {entry.name: entry.tensors[0].scale for entry in own}
+                for name, value in _ranks_and_scales(own, ranks, scales).items():
+                    setattr(config, name, value)
+
+
+def _ranks_and_scales(
+    entries: Sequence[Entry], ranks: Mapping[str, int], scales: Mapping[str, float]
+) -> dict[str, Any]:
+    """The part of a configuration that says which rank and scale each module has."""
+    modules = {module_of(entry.name): (ranks[entry.name], scales[entry.name]) for entry in entries}
     rank = Counter(rank for rank, _ in modules.values()).most_common(1)[0][0]
     alpha = rank * Counter(scale for _, scale in modules.values()).most_common(1)[0][0]
     alphas = {module: rank * scale for module, (rank, scale) in modules.items()}
-    content = {
-        **first.content,
+    return {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {re.escape(name): found for name, (found, _) in modules.items() if found != rank},
         "alpha_pattern": {re.escape(name): found for name, found in alphas.items() if found != alpha},
         "use_rslora": False,
     }
-    return json.dumps(content, indent=2) + "\n"
 
 
 def module_of(name: str) -> str:

@@ -100,7 +100,13 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     bits = near.view(torch.int32)
     inexact = (near.double() != value) & (bits & 1 == 0) & ~value.isnan()
     step = torch.where(near.double().abs() < value.abs(), 1, -1).to(torch.int32)
-    return torch.where(inexact, bits + step, bits).view(torch.float32).to(dtype)
+    odd = torch.where(inexact, bits + step, bits).view(torch.float32)
+    if dtype.itemsize == 1:
+        # Types of eight bits saturate in torch: what rounds beyond their largest number would pass for it.
+        info = torch.finfo(dtype)
+        halfway = info.max + info.eps * 2 ** math.floor(math.log2(info.max)) / 2
+        odd = torch.where(odd.abs() >= halfway, torch.nan, odd)
+    return odd.to(dtype)
 
 
 def is_finite(piece: Tensor) -> bool:

@@ -33,9 +33,19 @@ class Draft:
             file.flush()
             os.fsync(file.fileno())
 
-    def publish(self) -> None:
-        """Move the file to its place in one step, and make that last."""
-        self.file.replace(self.path)
+    def publish(self, force: bool = True) -> None:
+        """Move the file to its place in one step, and make that last.
+
+        Args:
+            force: Whether a file that is there by now is replaced.
+
+        Raises:
+            FileExistsError: If one is there and must not be replaced.
+        """
+        if force:
+            self.file.replace(self.path)
+        else:
+            self._link()
         # The name lasts when its folder is on the disk; not every system opens folders.
         with contextlib.suppress(OSError):
             descriptor = os.open(self.path.parent, os.O_RDONLY)
@@ -43,6 +53,15 @@ class Draft:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    def _link(self) -> None:
+        try:
+            # Unlike a renaming, this fails where a file is.
+            self.path.hardlink_to(self.file)
+        except FileExistsError as error:
+            raise FileExistsError(f"{str(self.path)!r} exists by now; another process has written it") from error
+        except OSError:  # a file system without links
+            self.file.replace(self.path)
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from lightning_lowrank.merging.report import MergeReport
 from lightning_lowrank.weights import StoredWeights
 
 _PACKAGES = ("lightning-lowrank", "torch", "lightning", "safetensors")
-_MISSING = "missing"
+_MISSING, _UNKNOWN = "missing", "unknown"
 
 
 def card_paths(out: Path) -> tuple[Path, Path]:
@@ -68,8 +68,12 @@ def differences(hyper_parameters: Sequence[Any]) -> dict[str, list[str]]:
     """
     tables = [dict(found) if isinstance(found, Mapping) else {} for found in hyper_parameters]
     names = dict.fromkeys(str(name) for table in tables for name in table)
-    values = {name: [repr(table[name]) if name in table else _MISSING for table in tables] for name in names}
-    return {name: found for name, found in values.items() if len(set(found)) > 1}
+    # A network without any has not saved them: that is no difference.
+    values = {
+        name: [repr(table[name]) if name in table else _MISSING if table else _UNKNOWN for table in tables]
+        for name in names
+    }
+    return {name: found for name, found in values.items() if len({*found} - {_UNKNOWN}) > 1}
 
 
 def write_card(
@@ -92,8 +96,9 @@ def write_card(
         for path, text in (*texts, *(beside or {}).items()):
             drafts.append(stack.enter_context(Draft(path)))
             drafts[-1].write(text)
-        for draft in drafts:
-            draft.path.unlink(missing_ok=True)
+        if out.exists():
+            for draft in drafts:
+                draft.path.unlink(missing_ok=True)
         publish_output()
         for draft in drafts:
             draft.publish()
@@ -107,6 +112,7 @@ def markdown(report: MergeReport) -> str:
     lines = ["---", "library_name: lightning", "tags:", "- merge", "- lightning-lowrank", "---", "", f"# {name}", ""]
     sign = "W0 + sum of c_i (W_i - W0)" if card["base"] else "sum of c_i W_i"
     lines += [f"A merge by weights: {sign} with c = {report.settings['coefficients']}.", ""]
+    lines += [f"Rules: `{report.settings['policy']}`.", ""]
     lines += ["## Files", "", f"| role | file | bytes | {hash_name} |", "|---|---|---|---|"]
     roles = [f"network {number}" for number in range(1, len(card["inputs"]) + 1)] + ["base"]
     for role, source in zip(roles, sources, strict=False):

@@ -95,11 +95,13 @@ def merge_checkpoints(
         >>> torch.equal(merged["weight"], nets[0].weight + nets[1].weight)
         True
     """
-    target = _checked_target(out, [*paths, *([] if base is None else [base])], force)
+    target = check_target(out, [*paths, *([] if base is None else [base])], force)
     stored, merge = prepare(paths, base, coefficients, policy, module, raw)
     adapters = adapters_of(paths, target)
     if adapters:
         _check_absent(target.with_name(CONFIG), force)
+    if evaluation is not None:
+        _check_same_merge(evaluation, merge)
     files = [file for one in stored for file in one.files]
     if target.exists() and any(target.samefile(file) for file in files):
         raise FileExistsError(f"the output {str(target)!r} is one of the files of an input; name another file")
@@ -114,7 +116,9 @@ def merge_checkpoints(
     with FileHashes(files, hash_name) as hashes, Output(target, hash_name) as output, _bar(progress) as bar:
         notes = _write(output, stored[0], merge, partial(bar.advance, bar.add_task("merging", total=size)))
         output.finish()
-        card = card_of(paths, base, stored, merge, output, hashes.result(), hash_name, command or _call(paths, out))
+        card = card_of(
+            paths, base, stored, merge, output, hashes.result(), hash_name, command or _call(paths, out, settings)
+        )
         notes = [*_notes(stored, merge), *notes]
         report = MergeReport({}, [], {}, notes, settings, card)
         if evaluation is not None:
@@ -124,7 +128,7 @@ def merge_checkpoints(
                 settings={**evaluation.settings, **settings},
                 card=card,
             )
-        write_card(report, target, output.publish, _config(adapters, merge, target))
+        write_card(report, target, partial(output.publish, force), _config(adapters, merge, target))
     return report
 
 
@@ -163,7 +167,13 @@ def prepare(
     return stored, Merge((policy or MergePolicy()).plan_tables(tables, start), weights)
 
 
-def _checked_target(out: str | Path, inputs: Sequence[str | Path], force: bool) -> Path:
+def check_target(out: str | Path, inputs: Sequence[str | Path], force: bool) -> Path:
+    """The output's path, if a merge may write it.
+
+    Raises:
+        OSError: If it, or its card, is there and ``force`` is not set, is an input, or has no folder.
+        ValueError: If its suffix is not known.
+    """
     target = Path(out)
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"the output {str(target)!r} should end in {', '.join(_SUFFIXES)}")
@@ -183,6 +193,18 @@ def _check_absent(file: Path, force: bool) -> None:
         raise FileExistsError(f"{str(file)!r} is a folder; name a file")
     if file.exists() and not force:
         raise FileExistsError(f"{str(file)!r} exists; name another output, or pass force (--force) to replace it")
+
+
+def _check_same_merge(evaluation: MergeReport, merge: Merge) -> None:
+    """Refuse the evaluation of another merge: its numbers would stand in this one's card."""
+    found = evaluation.settings.get("coefficients"), evaluation.settings.get("base")
+    here = list(merge.coefficients), merge.plan.has_base
+    for name, theirs, ours in zip(("coefficients", "base"), found, here, strict=True):
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"the evaluation is that of another merge: {name} was {theirs} there and is {ours} here; evaluate this"
+                " merge, or leave the evaluation out"
+            )
 
 
 def _config(adapters: Sequence[Adapter] | None, merge: Merge, target: Path) -> dict[Path, str]:
@@ -289,8 +311,13 @@ def _notes(stored: Sequence[StoredWeights], merge: Merge) -> list[str]:
         notes.append(f"{some(tables)}: integers that differ between the networks; the first network's are kept")
     notes += merge.truncations()
     grown = [entry.name for entry in plan.entries if merge.shape(entry) != entry.shape]
-    if grown:
-        notes.append(f"{some(grown)}: of another rank than in the first network; build the module with that rank")
+    if grown and not any(file.name == CONFIG for file in stored[0].files):
+        notes.append(
+            f"{some(grown)}: of another rank than in the first network; build the module with that rank and with the"
+            " first network's scale, which is alpha / rank in most (so alpha grows with the rank)"
+        )
+    if stored[0].others:
+        notes.append(f"{some([*stored[0].others])}: no tensors, so the first network's are kept")
     return notes
 
 
@@ -305,5 +332,7 @@ def _bar(shown: bool) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown, transient=True)
 
 
-def _call(paths: Sequence[str | Path], out: str | Path) -> str:
-    return f"merge_checkpoints({[str(path) for path in paths]}, {str(out)!r}, ...)"
+def _call(paths: Sequence[str | Path], out: str | Path, settings: dict[str, Any]) -> str:
+    policy = settings["policy"]
+    options = "".join(f", {name}={settings[name]!r}" for name in ("base", "coefficients", "raw"))
+    return f"merge_checkpoints({[str(path) for path in paths]}, {str(out)!r}{options}, policy={policy})"

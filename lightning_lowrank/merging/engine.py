@@ -110,7 +110,8 @@ class Merge:
         if entry.rule not in ("sum", "mean"):
             return entry.shape[axis]
         used = entry.tensors if self.plan.has_base and entry.rule == "sum" else entry.tensors[: len(self.coefficients)]
-        return self.plan.lora_rank or sum(described.shape[axis] for described in used)
+        exact = sum(described.shape[axis] for described in used)
+        return min(exact, self.plan.lora_rank or exact)
 
     def shared(self) -> list[str]:
         """Trained tensors that are the same in all networks, and that a sum would multiply."""
@@ -195,7 +196,7 @@ class Merge:
             if not all(map(is_finite, parts)):
                 raise MergeError(f"has entries that are not finite in {label}")
         merged = merge_factors(
-            [o.reshape(-1, o.shape[-1]) for o in outs], [i.flatten(1) for i in ins], coefficients, self.plan.lora_rank
+            [o.reshape(-1, o.shape[-1]) for o in outs], [i.flatten(1) for i in ins], coefficients, self.rank(down)
         )
         if self.plan.lora_rank is not None:
             self.discarded[down.name] = merged.discarded

@@ -135,6 +135,8 @@ class WeightSumMerger:
         for (task, loader), own in zip(tasks.items(), originals, strict=True):
             if models is None or self.heads:
                 models, merge = self._models(modules, task)
+                if self.heads and batch_norms(models["sum"]):
+                    notes.append("no sum_reestimated: with heads, no one network runs on all the tasks' batches")
                 if "sum_reestimated" in models:
                     notes += _reestimate(models["sum_reestimated"], runs, tasks)
             found, said = runs.measure(task, loader, models, own, originals)

@@ -74,6 +74,8 @@ _EMBEDDING = re.compile(r"(^|_)emb|embed|token|wte$|wpe$|(^|_)pos(_emb|$)")
 # Which side of a low-rank update a tensor is: the one next to the input (down, A) or next to the output (up, B).
 _LORA = re.compile(r"(?P<before>.*?)lora_(?P<embedding>embedding_)?(?P<side>[AaBb]|down|up)(?P<after>(\..*)?)")
 _CODES = (torch.uint8, torch.int8)
+# What stands beside 8-bit floats that mean something only when multiplied with it.
+_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "weight.scale")
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def _kind_by_name(
     prefix, _, local = name.rpartition(".")
     owner = prefix.rpartition(".")[2].lower()
     weight = shapes.get(f"{prefix}.weight" if prefix else "weight", ())
-    if dtype in _CODES or "float8" in str(dtype):
+    is_scaled = "float8" in str(dtype) and any(f"{prefix}.{scale}".lstrip(".") in shapes for scale in _SCALES)
+    if dtype in _CODES or is_scaled:
         return Kind.BUFFER, f"{str(dtype).removeprefix('torch.')} entries are codes"
     if not (dtype.is_floating_point or dtype.is_complex):
         return (Kind.BUFFER, "") if dtype is torch.bool else (Kind.INTEGER, "")
@@ -292,6 +295,8 @@ def _obstacles(label: str, module: nn.Module) -> Iterator[str]:
     """What in one module has no sum."""
     for prefix, owner in _owners(module):
         where = f"{strip_wrappers(prefix) or type(owner).__name__} of {label}"
+        if ".quantized" in type(owner).__module__ and type(owner).__module__.startswith("torch."):
+            yield f"{where}: a quantised layer, whose codes have no sum; merge the networks before they are quantised"
         parts = [part for made in _parametrizations(owner).values() for part in made.children()]
         if any(isinstance(part, (_Orthogonal, _SpectralNorm)) or not hasattr(part, "right_inverse") for part in parts):
             yield (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 from torchmetrics import Metric
 
+from lightning_lowrank.merging.adapters import update_configs
 from lightning_lowrank.merging.engine import Merge, check_coefficients
 from lightning_lowrank.merging.kinds import MergeError, describe_module, effective_weights, refusal
 from lightning_lowrank.merging.policy import MergePolicy, some
@@ -97,9 +98,14 @@ def merge_with_heads(
     tables = {name: describe_module(module, name) for name, module in zip(names, unwrapped, strict=True)}
     start = None if base is None else describe_module(_unwrapped(base), "base")
     merge = Merge((policy or MergePolicy()).plan_tables(tables, start, heads), weights)
+    if empty := [e.name for e in merge.plan.entries if any(t.read().is_meta for t in e.tensors)]:
+        raise MergeError(f"{some(empty)}: on the meta device, without values; load the networks first")
     _warn(merge)
-    merged = copy_module(unwrapped[0])
-    _write(merged, merge)
+    # What is copied in inference mode could not be trained afterwards.
+    with torch.inference_mode(False):
+        merged = copy_module(unwrapped[0])
+        _write(merged, merge)
+        update_configs(merged, merge)
     return merged, merge
 
 

@@ -139,9 +139,9 @@ class Output:
         os.ftruncate(self._descriptor, self.position)
         os.fsync(self._descriptor)
 
-    def publish(self) -> None:
-        """Give the file its name, in one step, and make that last."""
-        self._draft.publish()
+    def publish(self, force: bool = False) -> None:
+        """Give the file its name, in one step, and make that last; ``force`` replaces one that is there by now."""
+        self._draft.publish(force)
 
     def __exit__(self, *_: object) -> None:
         self._stop()

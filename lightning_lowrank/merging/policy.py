@@ -52,6 +52,8 @@ _MEANINGLESS = {
     (Kind.BUFFER, Rule.SUM): "it belongs to the architecture; a sum is a different one",
     (Kind.STATISTIC, Rule.SUM): "the sum of two means or variances is neither's; take mean or pooled",
 }
+# Why the magnitudes of weight-decomposed updates can't be merged.
+_DORA = "DoRA's updates have no sum in their factors; merge each adapter into its base first (merge_and_unload)"
 
 
 class MergePolicy:
@@ -152,7 +154,10 @@ class MergePolicy:
         for name, one in first.items():
             if one.tied_to != name:
                 continue
-            kind, rule, reason = self._decide(name, one) if name not in owners else _head(owners[name])
+            names = [alias for alias, tensor in first.items() if tensor.tied_to == name]
+            kind, rule, reason = self._decide(names, one) if name not in owners else _head(owners[name])
+            if len(names) > 1:
+                reason += f"; tied to {some(names[1:])}"
             if rule is Rule.ERROR:
                 problems.append(f"{name}: the policy refuses it ({reason})")
             if obstacle := _obstacle(kind, rule):
@@ -162,15 +167,16 @@ class MergePolicy:
             shape, dtype = tensors[0].shape, tensors[0].dtype
             entries.append(Entry(name, kind.value, rule.value, reason, shape, dtype, tensors, one.pair))
         problems += _split_pairs(entries)
+        problems += [f"{name}: {_DORA}" for name in first if "lora_magnitude_vector" in name]
         if problems:
             raise refusal(problems)
         return MergePlan(entries, labels, base is not None, self.lora_rank, _cautions(entries, base is not None))
 
-    def _decide(self, name: str, described: Described) -> tuple[Kind, Rule, str]:
+    def _decide(self, names: Sequence[str], described: Described) -> tuple[Kind, Rule, str]:
         kind = described.kind
         told = f" ({described.why})" if described.why else ""
         for pattern, rule in self.names.items():
-            if fnmatchcase(name, pattern):
+            if any(fnmatchcase(name, pattern) for name in names):
                 return kind, rule, f"asked for by the pattern {pattern!r}"
         if kind in self.kinds:
             return kind, self.kinds[kind], f"asked for by the kind {kind.value!r}{told}"
@@ -180,7 +186,11 @@ class MergePolicy:
     def _check_patterns(self, table: Table) -> None:
         for pattern in self.names:
             if not any(fnmatchcase(name, pattern) for name in table):
-                raise ValueError(f"the policy's pattern {pattern!r} matches no tensor; there are: {some(list(table))}")
+                kinds = ", ".join(kind.value for kind in Kind if kind is not Kind.HEAD)
+                raise ValueError(
+                    f"the policy's pattern {pattern!r} matches no tensor; there are: {some(list(table))} (and kinds:"
+                    f" {kinds})"
+                )
 
 
 def _items(mapping: Mapping[str, str] | None) -> list[tuple[str, str]]:
@@ -219,6 +229,8 @@ def _owners_of_heads(tables: Mapping[str, Table], heads: Sequence[str | None]) -
             there = some(list(table))
             raise ValueError(f"heads: the pattern {pattern!r} matches no tensor of {label}; there are: {there}")
         for name in found:
+            # A head that is tied to another tensor takes that with it.
+            owners.setdefault(table[name].tied_to, label)
             owners.setdefault(name, label)
     return owners
 
@@ -250,7 +262,8 @@ def _difference(name: str, one: Described, other: Described, first: str, label: 
     if one.kind != other.kind and label != "base":
         problems.append(f"{name}: {one.kind.label} in {first} and {other.kind.label} in {label}")
     if one.tied_to != other.tied_to:
-        problems.append(f"{name}: tied to {one.tied_to} in {first} and to {other.tied_to} in {label}")
+        ties = [f"tied to {tensor.tied_to}" if tensor.tied_to != name else "not tied" for tensor in (one, other)]
+        problems.append(f"{name}: {ties[0]} in {first} and {ties[1]} in {label}")
     return problems
 
 

@@ -78,7 +78,9 @@ class MergeReport(Saved):
             content = read_report(path, cls.schema_version)
             content["metrics"] = {k: math.nan if v is None else float(v) for k, v in content["metrics"].items()}
             return cls(**content)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a merge report: it is no text") from error
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a merge report: {error!r}") from error
 
     def __str__(self) -> str:

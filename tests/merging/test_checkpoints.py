@@ -519,3 +519,37 @@ def test_sha256_on_request(tmp_path, pair):
     paths, _ = pair
     report = merge_checkpoints(paths, tmp_path / "m.ckpt", hash_name="sha256")
     assert report.card["output"]["sha256"] == hashlib.sha256((tmp_path / "m.ckpt").read_bytes()).hexdigest()
+
+
+def test_the_evaluation_of_another_merge_is_refused(tmp_path, pair):
+    paths, _ = pair
+    for settings, name in (({"coefficients": [1.0, 1.0]}, "coefficients"), ({"base": True}, "base")):
+        evaluation = MergeReport({"a": "m1"}, ["m1"], {"a/m1/acc": 0.5}, settings=settings)
+        with pytest.raises(ValueError, match=f"the evaluation is that of another merge: {name} was"):
+            merge_checkpoints(paths, tmp_path / "m.ckpt", coefficients=[0.5, 0.5], evaluation=evaluation)
+    with pytest.raises(ValueError, match=r"0.ckpt is not a merge report: it is no text"):
+        MergeReport.load(paths[0])
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path, pair, monkeypatch):
+    paths, _ = pair
+    from lightning_lowrank.merging import checkpoints
+
+    original = checkpoints._write
+
+    def write(*arguments):
+        (tmp_path / "m.ckpt").write_text("another process's")
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_write", write)
+    with pytest.raises(FileExistsError, match=r"m.ckpt' exists by now; another process has written it"):
+        merge_checkpoints(paths, tmp_path / "m.ckpt")
+    assert names(tmp_path) == {"0.ckpt", "1.ckpt", "m.ckpt"}
+    assert (tmp_path / "m.ckpt").read_text() == "another process's"
+
+
+def test_hyperparameters_that_one_file_does_not_have_are_no_difference(tmp_path, pair):
+    paths, nets = pair
+    torch.save(nets[1].state_dict(), tmp_path / "bare.pt")
+    report = merge_checkpoints([paths[0], tmp_path / "bare.pt"], tmp_path / "m.ckpt")
+    assert report.card["hyper_parameters"] == {}

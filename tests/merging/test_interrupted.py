@@ -62,7 +62,22 @@ def pair(tmp_path):
 def test_the_command_merges_and_tells_what_it_did(tmp_path, pair, capsys):
     out = tmp_path / "m.pt"
     assert (
-        main(["merge", *pair, "-o", str(out), "--coefficients", "0.5", "2", "--rule", "bias=mean", "*.weight=sum"]) == 0
+        main(
+            [
+                "merge",
+                *pair,
+                "-o",
+                str(out),
+                "--coefficients",
+                "0.5",
+                "2",
+                "--rule",
+                "bias=mean",
+                "--rule",
+                "*.weight=sum",
+            ]
+        )
+        == 0
     )
     printed = capsys.readouterr()
     assert printed.out.startswith("m.pt (0.0 MB): 0.pt, 1.pt merged; 1 linear: sum, 1 bias: mean")
@@ -73,7 +88,7 @@ def test_the_command_merges_and_tells_what_it_did(tmp_path, pair, capsys):
     torch.testing.assert_close(merged["a.bias"], (states[0]["a.bias"] + states[1]["a.bias"]) / 2)
     command = json.loads((tmp_path / "m.pt.card.json").read_text())["card"]["command"]
     assert command.startswith("lightning-lowrank merge ")
-    assert "--rule bias=mean '*.weight=sum'" in command
+    assert "--rule bias=mean --rule '*.weight=sum'" in command
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, pair, capsys):

@@ -148,3 +148,18 @@ def test_mistakes_with_adapters_are_told(tmp_path, capsys):
     config.write_text("[]")
     with pytest.raises(ValueError, match="is not the configuration of a LoRA adapter"):
         merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("one", "two"), SETTINGS)
+def test_a_merged_module_can_be_saved_and_loaded_by_peft(tmp_path, one, two):
+    models = [adapted(1, **one), adapted(2, **two)]
+    merge_modules(*models).save_pretrained(tmp_path / "merged")
+    loaded = peft.PeftModel.from_pretrained(Backbone(), str(tmp_path / "merged"))
+    assert_close(weights(loaded), expected_weights(models, [1.0, 1.0]))
+    assert models[0].peft_config["default"].r == one.get("rank", 2)
+
+
+def test_weight_decomposed_updates_are_refused():
+    models = [adapted(seed, use_dora=True, target_modules=["q"]) for seed in (1, 2)]
+    with pytest.raises(MergeError, match=r"lora_magnitude_vector.*: DoRA's updates have no sum in their factors"):
+        merge_modules(*models)

@@ -1,10 +1,11 @@
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lowrank import MergeError, MergePolicy, merge_modules
+from lightning_lowrank import MergeError, MergePolicy, merge_checkpoints, merge_modules
 from lightning_lowrank.merging.kinds import Kind
 from lightning_lowrank.merging.policy import DEFAULTS
 
@@ -276,3 +277,61 @@ def test_transposed_and_convolutional_factors():
         return net.conv["lora_B"](net.conv["lora_A"](images))
 
     torch.testing.assert_close(run(merged), run(one) + run(two), rtol=1e-4, atol=1e-5)
+
+
+def tied():
+    net = nn.ModuleDict({"emb": nn.Embedding(4, 3), "out": nn.Linear(3, 4, bias=False)})
+    net["out"].weight = net["emb"].weight
+    return net
+
+
+def test_patterns_find_tied_tensors_by_any_of_their_names(tmp_path):
+    one, two = tied(), tied()
+    for net, name in ((one, "1.pt"), (two, "2.pt")):
+        torch.save(net.state_dict(), tmp_path / name)
+    for pattern in ("out.*", "emb.*"):
+        policy = MergePolicy(names={pattern: "first"})
+        assert torch.equal(merge_modules(one, two, policy=policy)["out"].weight, one["out"].weight)
+        (entry,) = policy.plan(tmp_path / "1.pt", tmp_path / "2.pt").entries
+        assert (entry.rule, entry.reason) == ("first", f"asked for by the pattern {pattern!r}; tied to out.weight")
+    with pytest.raises(MergeError, match=r"emb.weight: the policy refuses it"):
+        merge_modules(one, two, policy=MergePolicy(names={"out.*": "error"}))
+
+
+def test_quantised_and_meta_modules_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        nets = [torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4))) for _ in range(2)]
+    with pytest.raises(MergeError, match=r"0 of model 1: a quantised layer, whose codes have no sum"):
+        merge_modules(*nets)
+    nets = [nn.Linear(2, 2, device="meta") for _ in range(2)]
+    with pytest.raises(MergeError, match=r"weight, bias: on the meta device, without values; load the networks first"):
+        merge_modules(*nets)
+
+
+def test_what_is_merged_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        merged = merge_modules(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(merged.parameters(), lr=0.1)
+    merged(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_the_rank_of_a_merged_update_is_at_most_the_exact_one():
+    merged = merge_modules(lora(2, 0), lora(2, 1), policy=MergePolicy(lora_rank=30))
+    assert merged[0].lora_A.shape == (4, 6)
+
+
+def test_eight_bit_floats_are_weights_unless_scales_stand_beside_them(tmp_path):
+    small = torch.tensor([[0.5, 1.0], [2.0, -0.25]]).to(torch.float8_e4m3fn)
+    for name in ("a", "b"):
+        torch.save({"weight": small}, tmp_path / f"{name}.pt")
+        torch.save({"weight": small, "weight_scale": torch.ones(1)}, tmp_path / f"{name}-scaled.pt")
+    merge_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "m.pt")
+    assert torch.equal(torch.load(tmp_path / "m.pt")["weight"].float(), 2 * small.float())
+    plan = MergePolicy().plan(tmp_path / "a-scaled.pt", tmp_path / "b-scaled.pt")
+    assert {entry.name: entry.rule for entry in plan.entries} == {"weight": "equal", "weight_scale": "equal"}
+    for name in ("a", "b"):
+        torch.save({"weight": torch.full((2, 2), 400.0).to(torch.float8_e4m3fn)}, tmp_path / f"{name}.pt")
+    with pytest.raises(MergeError, match=r"weight: the sum overflows torch.float8_e4m3fn"):
+        merge_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "n.pt")
