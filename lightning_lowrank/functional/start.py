@@ -43,6 +43,10 @@ class UnitMatch:
         resolution: The mean correlation of corresponding units from which on ``z`` would be at least 5; NaN where ``z``
             is.
         identical: Whether the two weights are equal in every entry: a frozen layer, or the same weights twice.
+
+    Example:
+        >>> UnitMatch(cosine=0.9, rows=12.0, columns=7.0, resolution=0.1, identical=False).matched
+        True
     """
 
     cosine: float
