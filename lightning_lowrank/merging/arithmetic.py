@@ -10,8 +10,11 @@ from torch import Tensor
 
 from lightning_lowrank.merging.kinds import MergeError
 
-# Entries per piece: a few stay in the cache of one core, and torch does not wake its threads for fewer than 32,768.
-PIECE = 31_744
+# Entries that are computed at once: torch does not wake its threads for fewer than 32,768, and they would only be in
+# the way of those that hash and write.
+_AT_ONCE = 31_744
+# Entries per piece: a few stay in the cache of one core.
+PIECE = 8 * _AT_ONCE
 # Types in which the sum of two numbers, rounded in float32 and then in the type, equals their exact sum rounded once:
 # the wider significand has at least twice the bits and two more (Figueroa, "When is double rounding innocuous?", 1995).
 _EXACT_PAIRS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +61,7 @@ def combined(
     dtype = dtype or tensors[0].dtype
     plain = base is None and divisor == 1 and len(tensors) == 2 and all(c == 1.0 for c in coefficients)
     if plain and dtype in _EXACT_PAIRS and all(tensor.dtype is dtype for tensor in tensors):
-        return torch.add(*tensors)
+        return _added(*tensors)
     start = None if base is None else widened(base)
     total: Tensor | None = None
     for coefficient, tensor in zip(coefficients, tensors, strict=True):
@@ -67,6 +70,14 @@ def combined(
         total = part if total is None else total + part
     assert total is not None
     return rounded(total / divisor if start is None else start + total, dtype).to(tensors[0].device)
+
+
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    out = torch.empty_like(one)
+    for start in range(0, len(one), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        torch.add(one[part], other[part], out=out[part])
+    return out
 
 
 def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -116,8 +127,11 @@ def is_finite(piece: Tensor) -> bool:
     real = torch.view_as_real(piece) if piece.is_complex() else piece
     if "float8" in str(real.dtype):
         real = real.float()
-    low, high = torch.aminmax(real)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    for start in range(0, len(real), _AT_ONCE):
+        low, high = torch.aminmax(real[start : start + _AT_ONCE])
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            return False
+    return True
 
 
 def check_equal(tensors: Sequence[Tensor], what: str, advice: str) -> None:

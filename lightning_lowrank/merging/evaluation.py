@@ -299,5 +299,7 @@ def _reestimate(model: Any, runs: Runs, tasks: Mapping[str, Any]) -> list[str]:
     except ValueError as error:
         notes.append(f"running statistics were re-estimated on one task after the other: {error}")
     if unseen := reestimate(model, [partial(runs.pass_over, model, loader) for loader in loaders]):
-        notes.append(f"{some(unseen)}: saw no batch of two values per channel, so running statistics stay as merged")
+        notes.append(
+            f"{some(unseen)}: saw no batch of two finite values per channel, so running statistics stay as merged"
+        )
     return notes

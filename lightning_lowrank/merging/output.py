@@ -11,7 +11,6 @@ import queue
 import struct
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 from torch.serialization import skip_data
+from zlib_ng.zlib_ng import crc32
 
 from lightning_lowrank.merging.atomic import Draft
 
@@ -30,8 +30,8 @@ Pieces = Callable[[], Iterator[Tensor]]
 # New hash objects by name.
 HASHES: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
 # Pieces that are handed to the writing thread together, and batches that may wait for it.
-_BATCH = 8
-_WAITING = 8
+_BATCH = 2
+_WAITING = 4
 # Seconds between calls that make the system write what it holds, so that the last one has little left to do.
 _FLUSH_EVERY = 0.15
 # Bytes that are hashed between two looks at whether the merge has failed.
@@ -264,7 +264,7 @@ def write_torch(output: Output, content: Any, tensors: Mapping[int, Pieces]) -> 
         crc = 0
         for piece in sources[start]():
             data = _bytes_of(piece)
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
             output.write(data)
         if output.position != start + size:
             raise AssertionError(f"{output.position - start} bytes were made for a record of {size}")
@@ -369,7 +369,7 @@ def _stored(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    plain: Any = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
+    plain: Any = tensor.cpu().contiguous().view(torch.uint8).numpy()
     return memoryview(plain)
 
 

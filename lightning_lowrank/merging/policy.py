@@ -50,7 +50,6 @@ _MEANINGLESS = {
     (Kind.INTEGER, Rule.SUM): "integers count or index something; a sum may leave their type",
     (Kind.INTEGER, Rule.MEAN): "integers count or index something; a mean is none",
     (Kind.BUFFER, Rule.SUM): "it belongs to the architecture; a sum is a different one",
-    (Kind.STATISTIC, Rule.SUM): "the sum of two means or variances is neither's; take mean or pooled",
 }
 # Why the magnitudes of weight-decomposed updates can't be merged.
 _DORA = "DoRA's updates have no sum in their factors; merge each adapter into its base first (merge_and_unload)"
@@ -285,13 +284,13 @@ def _split_pairs(entries: Sequence[Entry]) -> list[str]:
 
 def _cautions(entries: Sequence[Entry], has_base: bool) -> list[str]:
     """What a policy asks for that has no meaning without a common start."""
-    risky = {Kind.NORMALISATION.value, Kind.GAIN.value, Kind.FROZEN.value}
+    risky = {Kind.NORMALISATION.value, Kind.GAIN.value, Kind.FROZEN.value, Kind.STATISTIC.value}
     names = [entry.name for entry in entries if entry.rule == Rule.SUM.value and entry.kind in risky]
     if has_base or not names:
         return []
     return [
-        f"{some(names)}: gains and frozen parameters are summed because the policy says so; without base= that"
-        " multiplies what the networks have in common"
+        f"{some(names)}: gains, statistics or frozen parameters are summed because the policy says so; without base="
+        " that multiplies what the networks have in common"
     ]
 
 

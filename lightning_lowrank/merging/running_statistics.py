@@ -22,10 +22,11 @@ class _Moments:
 
     def update(self, inputs: Tensor) -> None:
         """Take one batch of shape (samples, channels, ...), by Chan, Golub and LeVeque's formula (1979)."""
-        device = torch.device("cpu") if inputs.device.type == "mps" else inputs.device
-        flat = inputs.detach().to(device, torch.float64).movedim(1, 0).flatten(1)
-        count, mean = flat.shape[1], flat.mean(1)
-        squares = (flat - mean[:, None]).square().sum(1)
+        # The moments of one batch are right to float32; what adds up over batches is kept in float64.
+        wide = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, [0, *range(2, wide.ndim)], correction=0)
+        count = inputs.numel() // inputs.shape[1]
+        mean, squares = mean.cpu().double(), variance.cpu().double() * count
         if self.mean is None or self.squares is None:
             self.count, self.mean, self.squares = count, mean, squares
             return
@@ -58,7 +59,8 @@ def reestimate(module: nn.Module, passes: Sequence[Callable[[], Any]]) -> list[s
         passes: Each runs the network over batches.
 
     Returns:
-        Names of layers that saw nothing, or one value per channel, and keep their statistics.
+        Names of layers that keep their statistics: those that saw nothing, one value per channel, or values whose
+        moments are not finite in the layer's type.
 
     Example:
         >>> layer = nn.BatchNorm1d(2).eval()
@@ -80,14 +82,14 @@ def reestimate(module: nn.Module, passes: Sequence[Callable[[], Any]]) -> list[s
             if seen.count > 1:
                 found[name].append(seen)
     with torch.no_grad():
-        for name, layer in layers.items():
-            if found[name]:
-                _set(layer, found[name])
-    return [name for name in layers if not found[name]]
+        return [name for name, layer in layers.items() if not (found[name] and _set(layer, found[name]))]
 
 
 def mixed(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
     """Batches that hold one batch of every task, until all tasks have been gone through; shorter ones begin again.
+
+    Every task has the same weight in every batch: the samples of a smaller batch are repeated to the size of the
+    largest.
 
     Args:
         loaders: Batches of every task: tensors, or tuples, lists, dicts and dataclasses of them.
@@ -99,7 +101,7 @@ def mixed(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
     Example:
         >>> ones, twos = torch.ones(1, 2), torch.full((2, 2), 2.0)
         >>> [batch["x"].shape for batch in mixed([[{"x": ones}, {"x": ones}], [{"x": twos}]])]
-        [torch.Size([3, 2]), torch.Size([3, 2])]
+        [torch.Size([4, 2]), torch.Size([4, 2])]
     """
     first = [next(iter(loader), None) for loader in loaders]
     try:
@@ -134,7 +136,9 @@ def _joined(batches: Sequence[Any]) -> Any:
     """Several batches as one: tensors along their first dimension, inside containers too."""
     first = batches[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(batches)) if first.ndim else first
+        longest = max(len(batch) for batch in batches) if first.ndim else 0
+        repeated = [batch[torch.arange(longest, device=batch.device) % len(batch)] for batch in batches if longest]
+        return torch.cat(repeated) if longest else first
     if isinstance(first, Mapping):
         return type(first)(**{str(key): _joined([batch[key] for batch in batches]) for key in first})
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
@@ -142,7 +146,8 @@ def _joined(batches: Sequence[Any]) -> Any:
         return dataclasses.replace(first, **{name: _joined([getattr(b, name) for b in batches]) for name in names})
     if isinstance(first, (list, tuple)):
         if not any(isinstance(item, (Tensor, Mapping, list, tuple)) for item in first):
-            return type(first)(item for batch in batches for item in batch)
+            longest = max(map(len, batches))
+            return type(first)(batch[i % len(batch)] for batch in batches for i in range(longest))
         items = [_joined(parts) for parts in zip(*batches, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if first is None:
@@ -157,18 +162,22 @@ def _recording(layer: _BatchNorm, moments: _Moments) -> Iterator[None]:
     kept = None if tracked is None else tracked.clone()
     training = layer.training
 
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal training
         training = layer.training
-        if inputs[0].numel() > inputs[0].shape[1]:
-            moments.update(inputs[0])
+        inputs = arguments[0] if arguments else named["input"]
+        if inputs.numel() > inputs.shape[1]:
+            moments.update(inputs)
             # torch has no way to use a batch's moments that leaves the running ones alone, but a momentum of 0.
             layer.training, layer.momentum = True, 0.0
 
     def after(*_: Any) -> None:
         layer.training, layer.momentum = training, momentum
 
-    hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
+    hooks = [
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(after, always_call=True),
+    ]
     try:
         yield
     finally:
@@ -178,10 +187,16 @@ def _recording(layer: _BatchNorm, moments: _Moments) -> Iterator[None]:
             layer.num_batches_tracked.copy_(kept.to(layer.num_batches_tracked.device))
 
 
-def _set(layer: _BatchNorm, passes: Sequence[_Moments]) -> None:
+def _set(layer: _BatchNorm, passes: Sequence[_Moments]) -> bool:
+    """Give a layer its new statistics; whether they are finite in its type."""
     means = torch.stack([seen.mean for seen in passes if seen.mean is not None])
     within = torch.stack([seen.squares / seen.count for seen in passes if seen.squares is not None]).mean(0)
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    layer.running_mean.copy_(means.mean(0))
-    layer.running_var.copy_(within + means.var(0, correction=0))
+    mean = means.mean(0).to(layer.running_mean)
+    variance = (within + means.var(0, correction=0)).to(layer.running_var)
+    finite = bool(torch.isfinite(mean).all() and torch.isfinite(variance).all())
+    if finite:
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+    return finite

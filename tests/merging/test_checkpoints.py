@@ -523,8 +523,8 @@ def test_sha256_on_request(tmp_path, pair):
 
 def test_the_evaluation_of_another_merge_is_refused(tmp_path, pair):
     paths, _ = pair
-    for settings, name in (({"coefficients": [1.0, 1.0]}, "coefficients"), ({"base": True}, "base")):
-        evaluation = MergeReport({"a": "m1"}, ["m1"], {"a/m1/acc": 0.5}, settings=settings)
+    for made, name in (({"coefficients": [1.0, 1.0]}, "coefficients"), ({"base": True}, "base")):
+        evaluation = MergeReport({"a": "m1"}, ["m1"], {"a/m1/acc": 0.5}, settings=made)
         with pytest.raises(ValueError, match=rf"^the evaluation is that of another merge: {name} was"):
             merge_checkpoints(paths, tmp_path / "m.ckpt", coefficients=[0.5, 0.5], evaluation=evaluation)
     with pytest.raises(ValueError, match=r"0.ckpt is not a merge report: it is no text"):

@@ -146,7 +146,6 @@ def test_pooled_statistics_are_those_of_the_data_together():
         ({"names": {"*": "max"}}, r"there is no rule 'max'"),
         ({"names": ["*"]}, r"kinds and names are dicts of rules, got \['\*'\]"),
         ({"kinds": {"integer": "sum"}}, r"'sum' has no meaning for kind 'integer': integers count"),
-        ({"kinds": {"statistic": "sum"}}, r"'sum' has no meaning for kind 'statistic': .* take mean or pooled"),
         ({"kinds": {"bias": "pooled"}}, r"'pooled' has no meaning for kind 'bias': only running statistics"),
         ({"lora_rank": 0}, r"lora_rank must be a positive integer or None, got 0"),
         ({"lora_rank": 2.0}, r"lora_rank must be a positive integer or None, got 2.0"),
@@ -161,7 +160,6 @@ def test_rules_without_meaning_for_a_named_tensor_are_refused_in_the_plan():
     nets = [Zoo(), Zoo()]
     for name, rule, message in (
         ("order", "sum", "order: integer buffer can't have rule 'sum': integers count"),
-        ("norm.running_var", "sum", "norm.running_var: running statistic can't have rule 'sum'"),
         ("table", "sum", "table: buffer can't have rule 'sum': it belongs to the architecture"),
         ("conv.weight", "pooled", "conv.weight: convolution weight can't have rule 'pooled'"),
         ("linear.lora_A", "first", "linear.lora_A has rule 'first' and linear.lora_B 'sum'; a pair has one rule"),
@@ -183,8 +181,8 @@ def test_sums_of_gains_without_a_common_start_are_warned_about_by_name():
     for net in nets:
         nn.init.normal_(net[1].weight)
     assert policy.plan(*nets).notes == [
-        "1.weight, 1.bias: gains and frozen parameters are summed because the policy says so; without base= that"
-        " multiplies what the networks have in common"
+        "1.weight, 1.bias: gains, statistics or frozen parameters are summed because the policy says so; without base="
+        " that multiplies what the networks have in common"
     ]
     with pytest.warns(UserWarning, match=r"^1.weight, 1.bias: gains"):
         merged = merge_modules(*nets, policy=policy)

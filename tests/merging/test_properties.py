@@ -16,7 +16,7 @@ laws = settings(max_examples=60, deadline=None)
 coefficients_of = st.lists(st.floats(-2, 2), min_size=3, max_size=3)
 seeds = st.integers(0, 10_000)
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gains and frozen parameters are summed because the policy says so"),
+    pytest.mark.filterwarnings("ignore:.*gains, statistics or frozen parameters are summed because the policy says so"),
     pytest.mark.filterwarnings("ignore:.*equal in all networks, so the sum multiplies them"),
 ]
 # Kinds whose default is not a sum, for laws that hold for sums.

@@ -127,6 +127,21 @@ def test_large_numbers_in_half_precision():
     assert torch.equal(layer.running_var, batch.double().var(0, correction=0).bfloat16())
 
 
+def test_tasks_weigh_the_same_whatever_their_batches():
+    layer = nn.BatchNorm1d(1).eval()
+    loaders = [[torch.zeros(250, 1)], torch.ones(53, 1).split(25)]
+    assert reestimate(layer, [run_over(layer, mixed(loaders))]) == []
+    assert layer.running_mean.item() == pytest.approx(0.5)
+    assert layer.running_var.item() == pytest.approx(0.25)
+
+
+def test_moments_that_do_not_fit_the_type_are_named_and_not_written():
+    layer = nn.BatchNorm1d(1).half().eval()
+    batch = torch.tensor([[-6e4], [6e4]]).half()
+    assert reestimate(layer, [lambda: layer(input=batch)]) == [""]
+    assert (layer.running_mean.item(), layer.running_var.item()) == (0.0, 1.0)
+
+
 def test_layers_without_running_statistics_are_left_alone():
     net = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2))
     assert batch_norms(net) == {}
@@ -161,7 +176,8 @@ def test_batches_of_many_structures_are_joined(make):
     found = list(mixed([one, two]))
     assert len(found) == 3
     assert type(found[0]) is type(one[0])
-    expected = make(torch.cat([torch.ones(2, 3), torch.full((4, 3), 2.0)]), torch.cat([torch.zeros(2), torch.ones(4)]))
+    # Both tasks weigh the same: the smaller batch is repeated.
+    expected = make(torch.cat([torch.ones(4, 3), torch.full((4, 3), 2.0)]), torch.cat([torch.zeros(4), torch.ones(4)]))
     for batch in found:
         for part, wanted in zip(flattened(batch), flattened(expected), strict=True):
             assert torch.equal(part, wanted) if isinstance(part, torch.Tensor) else part == wanted
