@@ -147,7 +147,7 @@ class Merge:
                 parts = [*piece, *([] if base is None else [base])]
                 wide = torch.complex128 if merged.is_complex() else torch.float64
                 raise self._not_finite(parts, combined(piece, coefficients, base, divisor, wide), merged.dtype)
-            if entry.name.endswith("running_var") and bool((merged < 0).any()):
+            if entry.rule == "sum" and entry.name.endswith("running_var") and bool((merged < 0).any()):
                 raise MergeError("has negative variances after the merge; take the rule mean or pooled")
             yield merged
 

@@ -27,9 +27,10 @@ def build(names: list[str], seed: int, width: int = 3, dtype: torch.dtype = torc
     """A network of named layers with random values everywhere, statistics and counters included."""
     generator = torch.Generator().manual_seed(seed)
     net = nn.ModuleDict({f"{index}_{name}": LAYERS[name](width) for index, name in enumerate(names)})
-    for tensor in (*net.parameters(), *net.buffers()):
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.data.copy_(values.abs() * 10 if "int" in str(tensor.dtype) else values)
+        positive = "int" in str(tensor.dtype) or name.endswith("running_var")
+        tensor.data.copy_(values.abs() * 10 if positive else values)
     return net.to(dtype)
 
 
