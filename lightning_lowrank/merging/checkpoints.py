@@ -19,8 +19,9 @@ from lightning_lowrank.merging.adapters import CONFIG, Adapter, adapter_of, adap
 from lightning_lowrank.merging.arithmetic import rounded
 from lightning_lowrank.merging.card import card_of, card_paths, write_card
 from lightning_lowrank.merging.engine import Merge, check_coefficients
+from lightning_lowrank.merging.formats import Part, write_safetensors, write_torch
 from lightning_lowrank.merging.kinds import MergeError, describe_module, describe_stored, refusal
-from lightning_lowrank.merging.output import FileHashes, Hash, Output, Part, write_safetensors, write_torch
+from lightning_lowrank.merging.output import FileHashes, Hash, Output
 from lightning_lowrank.merging.plan import Entry, MergePlan
 from lightning_lowrank.merging.policy import MergePolicy, some
 from lightning_lowrank.merging.report import MergeReport

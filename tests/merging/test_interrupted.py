@@ -31,24 +31,42 @@ def test_killed_merges_leave_no_damaged_output(tmp_path):
     assert counts["stopped_while_writing"] > 0
 
 
-def test_a_terminated_command_cleans_up(tmp_path):
-    for seed in range(2):
-        torch.manual_seed(seed)
-        torch.save({f"{i}.weight": torch.randn(1000, 1000) for i in range(40)}, tmp_path / f"{seed}.pt")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    words = ["merge", "0.pt", "1.pt", "-o", "m.pt", "--hash", "sha256"]
+# The command, held up when the file is written and before it has its name.
+HELD_UP = """
+import sys, time
+from pathlib import Path
+from lightning_lowrank import cli
+from lightning_lowrank.merging import checkpoints
+
+original = checkpoints._write
+
+def write(*arguments):
+    notes = original(*arguments)
+    Path("written").touch()
+    time.sleep(100)
+    return notes
+
+checkpoints._write = write
+sys.exit(cli.main(["merge", "0.pt", "1.pt", "-o", "m.pt"]))
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_an_ended_command_cleans_up(tmp_path, pair, end):
+    before = {path.name for path in tmp_path.iterdir()}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_lowrank.cli", *words],
+        [sys.executable, "-c", HELD_UP],
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not [*tmp_path.glob(".m.pt.*.tmp/m.pt")] and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "written").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [*tmp_path.glob(".m.pt.*.tmp/m.pt")]
+    process.send_signal(getattr(signal, end))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip() == "lightning-lowrank merge: interrupted"
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert {path.name for path in tmp_path.iterdir()} == before | {"written"}
 
 
 @pytest.fixture

@@ -312,7 +312,9 @@ def test_what_is_merged_in_inference_mode_can_be_trained():
         merged = merge_modules(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(merged.parameters(), lr=0.1)
     merged(torch.ones(1, 2)).sum().backward()
+    before = merged.weight.clone()
     optimizer.step()
+    assert not torch.equal(merged.weight, before)
 
 
 def test_the_rank_of_a_merged_update_is_at_most_the_exact_one():
