@@ -272,7 +272,7 @@ def test_files_give_what_the_module_gives(tmp_path):
         # Files of safetensors have lost the order.
         assert same(found, expected if str(source).endswith(("pt", "pth", "ckpt", "single")) else by_name), source
     assert same(unindexed, by_name)
-    assert inspect_weights(tmp_path / "nested.pth").notes == ["the weights under 'model' are shown"]
+    assert inspect_weights(tmp_path / "nested.pth").notes == ["these are the weights under 'model'"]
 
 
 def test_lightnings_checkpoints_and_averaged_weights(tmp_path):

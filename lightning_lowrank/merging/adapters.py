@@ -99,6 +99,12 @@ def adapters_of(paths: Sequence[str | Path], out: Path | None) -> list[Adapter] 
     return adapters
 
 
+def notes_on(adapters: Sequence[Adapter]) -> list[str]:
+    """What a reader of a merge of adapters has to know."""
+    bases = dict.fromkeys(str(adapter.content.get("base_model_name_or_path")) for adapter in adapters)
+    return [f"the adapters name different base models: {', '.join(bases)}"] if len(bases) > 1 else []
+
+
 def merged_config(adapters: Sequence[Adapter], entries: Sequence[Entry], ranks: Mapping[str, int]) -> str:
     """The configuration of a merged adapter: the first one's, with the ranks of the merge and the first one's scales.
 

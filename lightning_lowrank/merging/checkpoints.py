@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
-from lightning_lowrank.merging.adapters import CONFIG, Adapter, adapter_of, adapters_of, merged_config
+from lightning_lowrank.merging.adapters import CONFIG, Adapter, adapter_of, adapters_of, merged_config, notes_on
 from lightning_lowrank.merging.arithmetic import rounded
 from lightning_lowrank.merging.card import card_of, card_paths, write_card
 from lightning_lowrank.merging.engine import Merge, check_coefficients
@@ -120,7 +120,7 @@ def merge_checkpoints(
         card = card_of(
             paths, base, stored, merge, output, hashes.result(), hash_name, command or _call(paths, out, settings)
         )
-        notes = [*_notes(stored, merge), *notes]
+        notes = [*_notes(stored, merge), *notes_on(adapters or []), *notes]
         report = MergeReport({}, [], {}, notes, settings, card)
         if evaluation is not None:
             report = replace(

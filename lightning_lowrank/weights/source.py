@@ -158,7 +158,7 @@ def _found(content: Any, where: str, raw: bool) -> _Found:
         (this, place), (other, elsewhere) = kinds if raw else kinds[::-1]
         notes.append(f"these are {this} weights ({place}); the {other} ones are in {elsewhere}")
     elif key != STATE_KEYS[0]:
-        notes.append(f"the weights under {key!r} are shown")
+        notes.append(f"these are the weights under {key!r}")
     rest = {name: value for name, value in content.items() if name not in (key, RAW)}
     is_lightning = key == STATE_KEYS[0] and "pytorch-lightning_version" in content
     chosen = RAW if raw else key

@@ -98,6 +98,7 @@ def test_truncated_adapters_have_the_rank_that_was_asked_for(tmp_path):
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
     assert config["r"] == 2
     assert not config["rank_pattern"]
+    assert not any("base models" in note or "build the module" in note for note in report.notes)
     assert sum("truncation left out" in note for note in report.notes) == 4
     loaded = peft.PeftModel.from_pretrained(Backbone(), str(tmp_path / "merged"))
     whole, start, found = expected_weights(models, [1, 1]), Backbone().state_dict(), weights(loaded)
@@ -142,6 +143,10 @@ def test_mistakes_with_adapters_are_told(tmp_path, capsys):
         merge_checkpoints([tmp_path / "a", tmp_path / "full.pt"], tmp_path / "x.pt")
     config = tmp_path / "b" / "adapter_config.json"
     content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "base_model_name_or_path": "another"}))
+    (tmp_path / "n").mkdir()
+    report = merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "n" / "adapter_model.safetensors")
+    assert any(note.startswith("the adapters name different base models: ") for note in report.notes)
     config.write_text(json.dumps({**content, "use_dora": True}))
     with pytest.raises(MergeError, match="only plain LoRA adapters are merged, and this one uses use_dora"):
         merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "x.safetensors")
