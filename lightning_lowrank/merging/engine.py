@@ -64,7 +64,7 @@ class Merge:
     plan: MergePlan
     coefficients: Sequence[float]
     discarded: dict[str, float] = field(default_factory=dict)
-    _ups: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._by_name: Mapping[str, Entry] = {entry.name: entry for entry in self.plan.entries}
@@ -172,9 +172,9 @@ class Merge:
     def _factor(self, entry: Entry) -> Tensor:
         assert entry.pair is not None
         down, up = (self._by_name[name] for name in entry.pair)
-        if up.name not in self._ups or down.name not in self._ups:
-            self._ups = dict(zip((down.name, up.name), self._merged_pair(down, up), strict=True))
-        return self._ups[entry.name]
+        if up.name not in self._factors or down.name not in self._factors:
+            self._factors = dict(zip((down.name, up.name), self._merged_pair(down, up), strict=True))
+        return self._factors[entry.name]
 
     def _merged_pair(self, down: Entry, up: Entry) -> tuple[Tensor, Tensor]:
         """The two factors of the merged update, each rounded once."""
