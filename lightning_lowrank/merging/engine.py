@@ -132,7 +132,11 @@ class Merge:
         """The first two networks' trained weights, unfolded to matrices (out, rest)."""
         weights = [e for e in self.plan.entries if e.kind in ("linear", "convolution") and len(e.tensors) > 1]
         pairs = {entry.name: (entry.tensors[0].read(), entry.tensors[1].read()) for entry in weights}
-        return {name: (one.flatten(1), other.flatten(1)) for name, (one, other) in pairs.items() if one.ndim > 1}
+        return {
+            name: (one.flatten(1), other.to(one.device).flatten(1))
+            for name, (one, other) in pairs.items()
+            if one.ndim > 1
+        }
 
     def _combined(self, entry: Entry, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         count = len(self.coefficients)
