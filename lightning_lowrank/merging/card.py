@@ -77,7 +77,7 @@ def differences(hyper_parameters: Sequence[Any]) -> dict[str, list[str]]:
 
 
 def write_card(
-    report: MergeReport, out: Path, publish_output: Callable[[], None], beside: Mapping[Path, str] | None = None
+    report: MergeReport, out: Path, publish_output: Callable[[bool], None], force: bool, beside: Mapping[Path, str]
 ) -> None:
     """Write a merged file's card beside it.
 
@@ -87,19 +87,20 @@ def write_card(
     Args:
         report: With a card.
         out: The merged file.
-        publish_output: Gives the merged file its name.
+        publish_output: Gives the merged file its name, replacing another one or not.
+        force: Whether another one is replaced. If not, its card is not this merge's to remove either.
         beside: Texts of other files that belong to it, by path.
     """
     texts = zip(card_paths(out), (json_text(report.to_dict()), markdown(report)), strict=True)
     drafts = []
     with ExitStack() as stack:
-        for path, text in (*texts, *(beside or {}).items()):
+        for path, text in (*texts, *beside.items()):
             drafts.append(stack.enter_context(Draft(path)))
             drafts[-1].write(text)
-        if out.exists():
+        if force:
             for draft in drafts:
                 draft.path.unlink(missing_ok=True)
-        publish_output()
+        publish_output(force)
         for draft in drafts:
             draft.publish()
 
@@ -112,7 +113,7 @@ def markdown(report: MergeReport) -> str:
     lines = ["---", "library_name: lightning", "tags:", "- merge", "- lightning-lowrank", "---", "", f"# {name}", ""]
     sign = "W0 + sum of c_i (W_i - W0)" if card["base"] else "sum of c_i W_i"
     lines += [f"A merge by weights: {sign} with c = {report.settings['coefficients']}.", ""]
-    lines += [f"Rules: `{report.settings['policy']}`.", ""]
+    lines += [f"Policy: `{report.settings['policy']}`.", ""]
     lines += ["## Files", "", f"| role | file | bytes | {hash_name} |", "|---|---|---|---|"]
     roles = [f"network {number}" for number in range(1, len(card["inputs"]) + 1)] + ["base"]
     for role, source in zip(roles, sources, strict=False):

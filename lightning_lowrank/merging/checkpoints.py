@@ -129,7 +129,7 @@ def merge_checkpoints(
                 settings={**evaluation.settings, **settings},
                 card=card,
             )
-        write_card(report, target, partial(output.publish, force), _config(adapters, merge, target))
+        write_card(report, target, output.publish, force, _config(adapters, merge, target))
     return report
 
 

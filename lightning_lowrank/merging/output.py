@@ -98,7 +98,7 @@ class Output:
         os.ftruncate(self._descriptor, self.position)
         os.fsync(self._descriptor)
 
-    def publish(self, force: bool = False) -> None:
+    def publish(self, force: bool) -> None:
         """Give the file its name, in one step, and make that last; ``force`` replaces one that is there by now."""
         self._draft.publish(force)
 

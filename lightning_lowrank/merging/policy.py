@@ -70,8 +70,8 @@ class MergePolicy:
     Args:
         kinds: Rules by kind, for those that should not have the default.
         names: Rules by glob pattern of tensor names; the first pattern that fits decides.
-        lora_rank: The rank to which merged LoRA updates are truncated, by their singular values. None keeps them exact,
-            with the sum of the ranks.
+        lora_rank: The largest rank of a merged LoRA update; a higher one is truncated, by its singular values. None
+            keeps them exact, with the sum of the ranks.
 
     Raises:
         ValueError: If a kind or rule does not exist or has no meaning for the kind, or the rank is below 1.

@@ -125,6 +125,7 @@ class _Recorder(Callback):
         self.collect_classes({}, ())
 
     def collect_classes(self, models: Mapping[str, LightningModule], ensemble: Sequence[str]) -> None:
+        """Begin a task: the next pass shows its batches and classes, those after :meth:`compare` compare the models."""
         self._models, self._ensemble = models, ensemble
         self.batches = 0
         self.problem: str | None = None

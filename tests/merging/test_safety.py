@@ -126,11 +126,12 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path, pair, monkey
     original = checkpoints._write
 
     def write(*arguments):
-        (tmp_path / "m.ckpt").write_text("another process's")
+        for name in ("m.ckpt", "m.ckpt.card.md"):
+            (tmp_path / name).write_text("another process's")
         return original(*arguments)
 
     monkeypatch.setattr(checkpoints, "_write", write)
     with pytest.raises(FileExistsError, match=r"m.ckpt' exists by now; another process has written it"):
         merge_checkpoints(paths, tmp_path / "m.ckpt")
-    assert names(tmp_path) == {"0.ckpt", "1.ckpt", "m.ckpt"}
-    assert (tmp_path / "m.ckpt").read_text() == "another process's"
+    assert names(tmp_path) == {"0.ckpt", "1.ckpt", "m.ckpt", "m.ckpt.card.md"}
+    assert {(tmp_path / name).read_text() for name in ("m.ckpt", "m.ckpt.card.md")} == {"another process's"}
