@@ -190,6 +190,17 @@ def is_wandb_logger(logger: Any) -> bool:
     return any(isinstance(logger, ns.loggers.WandbLogger) for ns in NAMESPACES)
 
 
+def key_prefix(logger: Any) -> str:
+    """What a W&B logger puts in front of every key: its own ``prefix`` argument."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+
+
+def progress_bar_metrics(trainer: Any) -> dict[str, Any]:
+    """What the Trainer's progress bar shows beside the module's own values; entries stay until they are replaced."""
+    shown: dict[str, Any] = trainer._logger_connector._progress_bar_metrics
+    return shown
+
+
 def as_list(value: Any) -> list[Any]:
     """The value as a list: None is empty, an iterable its items, anything else one item."""
     if value is None:
@@ -320,10 +331,12 @@ __all__ = [
     "is_combined_loader",
     "is_machinery",
     "is_wandb_logger",
+    "key_prefix",
     "loss_scale",
     "monitored_keys",
     "move_batch",
     "namespace_of",
+    "progress_bar_metrics",
     "quiet",
     "quiet_trainer",
     "raw_optimizer",

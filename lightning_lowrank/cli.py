@@ -70,6 +70,9 @@ def _demo_options() -> ArgumentParser:
         "--output", type=Path, default=Path("lowrank-demo"), help="folder for the results (made if missing)"
     )
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds to repeat it with, such as 0 1 2")
+    demo.add_argument(
+        "--wandb", type=Literal["online", "offline"] | None, help="write W&B runs of the networks and merges as well"
+    )
     return demo
 
 
@@ -134,7 +137,7 @@ def _merge_options() -> ArgumentParser:
 def _demo(options: Any) -> None:
     from lightning_lowrank.demo import run
 
-    run(options.output, options.seeds, Console())
+    run(options.output, options.seeds, Console(), options.wandb)
 
 
 def _inspect(options: Any) -> None:

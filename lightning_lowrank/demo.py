@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -24,8 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lowrank._compat import quiet
 from lightning_lowrank.callbacks import LowRankMonitor
-from lightning_lowrank.functional import leak
-from lightning_lowrank.merging import MergeReport, WeightSumMerger
+from lightning_lowrank.merging import MergeReport, WeightSumMerger, merge_checkpoints
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +37,7 @@ _LEARNING_RATE = 0.2
 _MOMENTUM = 0.9
 _LOG_EVERY = 50
 _FIRST = "net.0.weight"
+_NETWORK = "network.ckpt"
 
 
 class DigitsNetwork(LightningModule):
@@ -164,15 +164,66 @@ def load_tasks() -> dict[str, tuple[TensorDataset, TensorDataset]]:
     return tasks
 
 
-def run(output: Path, seeds: Sequence[int], console: Console) -> list[PairResult]:
+@dataclass(frozen=True)
+class Boards:
+    """Where W&B runs go: one per network, and one per merge with the merged checkpoint and its parents.
+
+    Attributes:
+        folder: Of offline runs.
+        mode: Whether they are sent. None means that there are none.
+        project: Their project.
+    """
+
+    folder: Path
+    mode: Literal["online", "offline"] | None = None
+    project: str = "lightning-lowrank-demo"
+
+    def loggers(self, name: str, kind: str) -> list[Logger]:
+        """A logger that starts a run; none without a mode.
+
+        Raises:
+            ModuleNotFoundError: If wandb is not installed.
+            ValueError: If W&B does not let a run begin.
+        """
+        if self.mode is None:
+            return []
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("--wandb needs wandb: pip install 'lightning-lowrank[wandb]'") from error
+        settings = wandb.Settings(silent=self.mode == "offline", console="off")
+        logger = WandbLogger(
+            name=name,
+            project=self.project,
+            job_type=kind,
+            group="demo",
+            save_dir=self.folder,
+            # WandbLogger's own offline=True goes unheard where W&B is in use in the process already.
+            mode=self.mode,
+            settings=settings,
+        )
+        try:
+            logger.experiment  # noqa: B018  (starts the run)
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"W&B did not start a run ({error}); log in with 'wandb login', or use --wandb offline"
+            ) from error
+        return [logger]
+
+
+def run(
+    output: Path, seeds: Sequence[int], console: Console, wandb: Literal["online", "offline"] | None = None
+) -> list[PairResult]:
     """Train, merge and evaluate a pair with weight decay and one without per seed, and write what was found.
 
     Args:
-        output: Folder for report.json, metrics.csv and demo.png; made if it is not there.
+        output: Folder for report.json, metrics.csv, demo.png, the networks and their merges; made if it is not there.
         seeds: One seed per repetition.
         console: Where progress and tables go.
+        wandb: Whether to write W&B runs as well, and to send them.
     """
     output.mkdir(parents=True, exist_ok=True)
+    boards = Boards(output, wandb)
     tasks = load_tasks()
     results: list[PairResult] = []
     with Progress(console=console, transient=True) as progress:
@@ -181,52 +232,70 @@ def run(output: Path, seeds: Sequence[int], console: Console) -> list[PairResult
         tick = LambdaCallback(on_train_batch_end=lambda *_: progress.advance(bar))
         for seed in seeds:
             for weight_decay in (WEIGHT_DECAY, 0.0):
-                results.append(_pair(tasks, seed, weight_decay, output, tick))
+                results.append(_pair(tasks, seed, weight_decay, output, tick, boards))
     _write(output, results)
     console.print(results[0].report)
     console.print(summary(results))
     console.print(verdict(results), highlight=False)
     console.print(f"Wrote report.json, metrics.csv and demo.png to {output}", highlight=False)
+    if wandb == "offline":
+        console.print(f"The W&B runs are in {output / 'wandb'}; 'wandb sync' sends them", highlight=False)
     return results
 
 
 def _pair(
-    tasks: dict[str, tuple[TensorDataset, TensorDataset]], seed: int, weight_decay: float, output: Path, tick: Any
+    tasks: dict[str, tuple[TensorDataset, TensorDataset]],
+    seed: int,
+    weight_decay: float,
+    output: Path,
+    tick: Any,
+    boards: Boards,
 ) -> PairResult:
     pair, alignment, spread, ranks = [], {}, {}, {}
     for number, (name, (train, _)) in enumerate(tasks.items()):
         seed_everything(2 * seed + number, verbose=False)
         network = DigitsNetwork(weight_decay)
-        metrics = _fit(network, train, _run_folder(output, seed, weight_decay, name), tick)
+        metrics = _fit(network, train, _run_folder(output, seed, weight_decay, name), tick, boards)
         key = "lowrank/alignment/"
         alignment[name] = {k.removeprefix(key): v for k, v in metrics.items() if k.startswith(key)}
         spread[name] = metrics["lowrank/norm_spread"]
         ranks[name] = metrics[f"lowrank/stable_rank/{_FIRST}"]
         pair.append(network)
     loaders = {name: DataLoader(test, batch_size=len(test)) for name, (_, test) in tasks.items()}
-    report = WeightSumMerger().evaluate(pair[0], pair[1], loaders)
-    first = [network.get_parameter(_FIRST) for network in pair]
-    leaks = {
-        name: leak(other, own, test.tensors[0])
-        for (name, (_, test)), own, other in zip(tasks.items(), first, reversed(first), strict=True)
-    }
+    report = WeightSumMerger(progress=False).evaluate(pair[0], pair[1], loaders)
+    files = [_run_folder(output, seed, weight_decay, name) / _NETWORK for name in tasks]
+    _merge_files(files, output / "merges" / f"seed{seed}-wd{weight_decay:g}.ckpt", report, boards)
+    leaks = {name: layers[_FIRST] for name, layers in report.leak.items()}
     return PairResult(seed, weight_decay, alignment, spread, ranks, leaks, report)
 
 
-def _fit(network: DigitsNetwork, train: TensorDataset, folder: Path, tick: Any) -> dict[str, float]:
+def _merge_files(networks: Sequence[Path], merged: Path, evaluated: MergeReport, boards: Boards) -> None:
+    """The same merge of the checkpoints, with a card that has the evaluation; and a W&B run of it."""
+    merged.parent.mkdir(exist_ok=True)
+    report = merge_checkpoints(networks, merged, evaluation=evaluated, force=True)
+    for logger in boards.loggers(f"merge-{merged.stem}", "merge"):
+        report.log(logger, checkpoint=merged)
+        logger.experiment.finish()  # type: ignore[attr-defined]
+
+
+def _fit(network: DigitsNetwork, train: TensorDataset, folder: Path, tick: Any, boards: Boards) -> dict[str, float]:
     """Train on the whole task at every step; the values that the monitor saw last."""
+    started = boards.loggers(folder.name, "train")
     with quiet():
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=_STEPS,
-            callbacks=[LowRankMonitor(), tick],
-            logger=CSVLogger(folder.parent, name="", version=folder.name),
+            callbacks=[LowRankMonitor(spectral="full", spectral_budget=1.0), tick],
+            logger=[CSVLogger(folder.parent, name="", version=folder.name), *started],
             log_every_n_steps=_LOG_EVERY,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(network, DataLoader(_WholeTask(train), batch_size=None))
+        trainer.save_checkpoint(folder / _NETWORK, weights_only=False)
+    for logger in started:
+        logger.experiment.finish()  # type: ignore[attr-defined]
     return {key: value.item() for key, value in trainer.callback_metrics.items()}
 
 

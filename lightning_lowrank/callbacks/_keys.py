@@ -66,6 +66,13 @@ class Keys:
         return keys + (["stable_rank", "spectral_ratio", "spectral_age"] if self.spectral else [])
 
     @property
+    def headline(self) -> list[str]:
+        """The two keys that say how far the run is from where its optimizer leads it."""
+        if not self.coupled:
+            return ["update_alignment", "update_residual"]
+        return list(FULL_KEYS) if self.gradient else ["alignment_minibatch", "residual_minibatch"]
+
+    @property
     def of_layers(self) -> list[str]:
         """The keys that every matrix has."""
         keys = [self.alignment] if self.coupled else []

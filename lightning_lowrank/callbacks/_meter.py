@@ -36,6 +36,7 @@ class StepMeter:
         self.keys = keys
         self.regimes = regimes
         self.spectra = spectra
+        self.latest: dict[str, dict[str, float]] = {}
         self.start_row()
 
     def start_row(self) -> None:
@@ -141,8 +142,20 @@ class StepMeter:
                 ]
                 self.spectra.measure(wanted, number, spectra)
             self._add_spectra(values, layers, matrices, number)
-        per_layer = self.keys.spread_out([p.name for p in matrices], layers)
+        per_layer = self.of_layers([p.name for p in matrices], layers)
         return {key: _finite(value) for key, value in {**values, **per_layer}.items()}
+
+    def of_layers(self, names: Sequence[str], layers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """The per-layer part of a row. ``latest`` has the last values of every matrix, where rows have quantiles too.
+
+        Args:
+            names: The matrices.
+            layers: Values in their order, by key.
+        """
+        for key in (key for key in self.keys.of_layers if key in layers):
+            for name, value in zip(names, layers[key], strict=True):
+                self.latest.setdefault(name, {})[key] = value
+        return self.keys.spread_out(names, layers)
 
     def after_step(self, view: Sequence[Parameter], directions: Mapping[str, Tensor]) -> dict[str, float]:
         """The values of decoupled decay, from the direction u of the step that was taken.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.callbacks._clock import DecayClock
 from lightning_lowrank.callbacks._keys import Keys, PerLayer, Spectral
 from lightning_lowrank.callbacks._meter import StepMeter, has_coupled_target
-from lightning_lowrank.callbacks._regimes import RegimeTracker
+from lightning_lowrank.callbacks._regimes import LayerRegime, RegimeTracker
 from lightning_lowrank.callbacks._spectra import Spectra
 from lightning_lowrank.callbacks._window import GradientWindow
 from lightning_lowrank.full_gradient import FullGradient
@@ -29,6 +29,33 @@ from lightning_lowrank.sampling import Step
 from lightning_lowrank.sharding import Shard, shards
 
 Source = Literal["step", "window", "full"]
+
+# What an optimizer's weights come to rest at.
+_TARGETS = {
+    Decay.COUPLED: "stationary point of the L2-regularised loss",
+    Decay.DECOUPLED: "fixed point of its own direction and decoupled decay",
+    Decay.NONE: "none: no weight decay",
+    Decay.UNKNOWN: "unknown",
+}
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What is known of one weight matrix.
+
+    Attributes:
+        name: The parameter's name.
+        shape: Its shape.
+        regime: What the theory says about it; None while nothing is known.
+        values: Last values by key.
+        singular_values: All of them, descending, where they were computed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    regime: LayerRegime | None
+    values: Mapping[str, float]
+    singular_values: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,18 @@ class Settings:
     exclude: Sequence[str] = ()
     share: float = 0.01
     matrices: Mapping[str, str | None] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choices as plain data, under the names of the arguments."""
+        found = asdict(self)
+        penalty, share = found.pop("penalty"), found.pop("share")
+        weight_decay = "auto" if penalty["weight_decay"] is None else penalty["weight_decay"]
+        return {
+            **found,
+            "weight_decay": weight_decay,
+            "loss_penalty": penalty["in_loss"],
+            "initialization_share": share,
+        }
 
     def measures(self, name: str) -> bool:
         """Whether a parameter is one of those that are measured."""
@@ -207,6 +246,7 @@ class OptimizerMonitor:
 
     def full_values(self, view: Sequence[Parameter], found: FullGradient) -> dict[str, float]:
         """The keys of the full-batch gradient, per layer too."""
+        assert self._meter is not None
         indices = [index for index, p in enumerate(view) if p.is_matrix]
         names = [view[index].name for index in indices]
         # Where the optimizer does not add wd * W to the gradient the theory predicts no alignment.
@@ -220,7 +260,7 @@ class OptimizerMonitor:
             "residual": found.residual,
             "alignment_stderr": found.alignment_stderr,
             "residual_stderr": found.residual_stderr,
-            **self.keys.spread_out(names, layers),
+            **self._meter.of_layers(names, layers),
         }
 
     def after_step(self, module: nn.Module) -> dict[str, float]:
@@ -264,6 +304,29 @@ class OptimizerMonitor:
             rank_zero_info(
                 f"LowRankMonitor: {name} has no weight decay, so alignment, residual and radial balance are NaN."
             )
+
+    def description(self) -> dict[str, Any]:
+        """What this optimizer's values are measured against, as plain data for a run's configuration."""
+        groups = self.optimizer.param_groups
+        return {
+            "class": type(self.optimizer).__name__,
+            "target": [_TARGETS[decay] for decay in dict.fromkeys(self.decays)],
+            "weight_decay": [self.settings.penalty.coefficient(group) for group in groups],
+            "full_batch_values": self.keys.gradient,
+            "matrices": len(self.keys.layers or ()),
+        }
+
+    def layer_rows(self) -> list[LayerRow]:
+        """Every matrix with the last values of it."""
+        if self._meter is None or self.keys.layers is None:
+            return []
+        regimes = self._meter.regimes.regimes()
+        spectra = self._meter.spectra.of(self.keys.layers)
+        shapes = {shard.name: tuple(shard.shape) for found in self._shards.values() for shard in found}
+        return [
+            LayerRow(name, shapes[name], regimes.get(name), self._meter.latest.get(name, {}), found.singular_values)
+            for name, found in zip(self.keys.layers, spectra, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""

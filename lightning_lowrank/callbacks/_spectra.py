@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.functional import circular_convolution_norm, effective_rank, spectral_norm
@@ -32,12 +33,14 @@ class Spectrum:
         top: |W|_2.
         frobenius: |W|_F at the same time.
         effective_rank: NaN unless all singular values were computed.
+        singular_values: All of them, descending, where they were computed.
     """
 
     step: int
     top: float
     frobenius: float
     effective_rank: float = math.nan
+    singular_values: Tensor | None = None
 
     @property
     def ratio(self) -> float:
@@ -110,7 +113,7 @@ class Spectra:
             return Spectrum(step, 0.0 if norm == 0 else math.nan, norm)
         if self._full:
             sigma = block_singular_values(self._layout(p).blocks(p.shard.whole(p.value)))
-            return Spectrum(step, float(sigma[0]), norm, effective_rank(sigma))
+            return Spectrum(step, float(sigma[0]), norm, effective_rank(sigma), sigma.float().cpu())
         return Spectrum(step, self._norm(seed, p), norm)
 
     def _norm(self, seed: int, p: Parameter) -> float:

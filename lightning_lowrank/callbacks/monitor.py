@@ -22,21 +22,24 @@ from lightning_lowrank._compat import (
     batches_that_stepped,
     current_loss_scale,
     gradient_epsilon,
-    is_wandb_logger,
     loss_scale,
     of_rank_zero,
+    progress_bar_metrics,
     raw_optimizer,
     sharding_strategy,
     unfreezes_later,
 )
+from lightning_lowrank.callbacks._arguments import check_choice, check_coefficient, check_count, is_coefficient
 from lightning_lowrank.callbacks._budget import Budget
 from lightning_lowrank.callbacks._full import measure_epoch
 from lightning_lowrank.callbacks._full import refusal as full_refusal
 from lightning_lowrank.callbacks._keys import PerLayer, Spectral
-from lightning_lowrank.callbacks._optimizer import OptimizerMonitor, Settings, Source
+from lightning_lowrank.callbacks._optimizer import LayerRow, OptimizerMonitor, Settings, Source
+from lightning_lowrank.callbacks._outlets import Outlets
 from lightning_lowrank.callbacks._regimes import LayerRegime
 from lightning_lowrank.callbacks._watchers import Watchers
 from lightning_lowrank.callbacks._window import GradientWindow
+from lightning_lowrank.functional.rescaling import Regime
 from lightning_lowrank.matrices import check_overrides, layouts_of_parameters
 from lightning_lowrank.parameters import Penalty, has_lazy_parameters
 from lightning_lowrank.sampling import step_sees_whole_epoch
@@ -50,7 +53,6 @@ _STEPS_PER_ROW = 10
 _STEPS_PER_ROW_BESIDE_WINDOWS = 4
 # The interval where Lightning has none (`log_every_n_steps=0`, barebones): its own default.
 _DEFAULT_INTERVAL = 50
-_SPECTRAL = ("norm", "full", None)
 # Above that many parameters the window's buffer is no small thing any more.
 _LARGE_MODEL = 1_000_000_000
 
@@ -100,6 +102,7 @@ class LowRankMonitor(Callback):
         include: Glob pattern or patterns; only parameters whose name matches one are measured.
         exclude: Glob pattern or patterns of parameters that are left out.
         initialization_share: ``steps_to_stationarity`` counts the steps until the initialisation has decayed below it.
+        progress_bar: Whether the Trainer's progress bar shows alignment and residual.
         prefix: What the keys begin with; two monitors in one Trainer need two prefixes.
 
     Raises:
@@ -129,31 +132,24 @@ class LowRankMonitor(Callback):
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         initialization_share: float = 0.01,
+        progress_bar: bool = False,
         prefix: str = "lowrank",
     ) -> None:
         super().__init__()
-        intervals = {"every_n_steps": every_n_steps, "spectral_every_n_steps": spectral_every_n_steps}
-        for name, count in {**intervals, "window_size": window_size}.items():
-            if count is not None and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {count!r}")
-        for name, count in {"window_stride": window_stride, "every_n_epochs": every_n_epochs}.items():
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a positive integer, got {count!r}")
-        if window_rest is not None and (not isinstance(window_rest, int) or window_rest < 0):
-            raise ValueError(f"window_rest must be None or an integer of at least 0, got {window_rest!r}")
-        if gradient not in get_args(Gradient):
-            raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
-        if spectral not in _SPECTRAL:
-            raise ValueError(f"spectral must be one of {_SPECTRAL}, got {spectral!r}")
-        if not _is_coefficient(spectral_budget) or not 0 < spectral_budget <= 1:
-            raise ValueError(f"spectral_budget must be a share above 0 and at most 1, got {spectral_budget!r}")
+        check_count("every_n_steps", every_n_steps, optional=True)
+        check_count("spectral_every_n_steps", spectral_every_n_steps, optional=True)
+        check_count("window_size", window_size, optional=True)
+        check_count("window_stride", window_stride)
+        check_count("window_rest", window_rest, least=0, optional=True)
+        check_count("every_n_epochs", every_n_epochs)
+        check_choice("gradient", gradient, get_args(Gradient))
+        check_choice("spectral", spectral, (*get_args(Spectral), None))
+        check_choice("per_layer", per_layer, ("auto", True, False))
+        check_coefficient("weight_decay", weight_decay, automatic=True)
+        check_coefficient("loss_penalty", loss_penalty)
         check_overrides(matrices or {})
-        if per_layer not in ("auto", True, False):
-            raise ValueError(f"per_layer must be 'auto', True or False, got {per_layer!r}")
-        if weight_decay != "auto" and not _is_coefficient(weight_decay):
-            raise ValueError(f"weight_decay must be 'auto' or a number of at least 0, got {weight_decay!r}")
-        if not _is_coefficient(loss_penalty):
-            raise ValueError(f"loss_penalty must be a number of at least 0, got {loss_penalty!r}")
+        if not is_coefficient(spectral_budget) or not 0 < spectral_budget <= 1:
+            raise ValueError(f"spectral_budget must be a share above 0 and at most 1, got {spectral_budget!r}")
         if not 0 < initialization_share < 1:
             raise ValueError(f"initialization_share must be between 0 and 1, got {initialization_share!r}")
         if not prefix or prefix != prefix.strip("/"):
@@ -166,6 +162,7 @@ class LowRankMonitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.spectral_every_n_steps = spectral_every_n_steps
         self.spectral_budget = spectral_budget
+        self.progress_bar = progress_bar
         self.prefix = prefix
         self.settings = Settings(
             spectral=spectral,
@@ -185,6 +182,7 @@ class LowRankMonitor(Callback):
     def _reset(self) -> None:
         self._optimizers: dict[int, OptimizerMonitor] = {}
         self._watchers: Watchers | None = None
+        self._outlets: Outlets | None = None
         self._last_step: dict[int, int] = {}
         self._rows_done: dict[int, int] = {}
         self._spectra_done: dict[int, int] = {}
@@ -195,7 +193,6 @@ class LowRankMonitor(Callback):
         self._measured: dict[int, bool] = {}
         self._failed = False
         self._passes_failed = False
-        self._logger_failed = False
         self._said = False
         self._loss_scale: float | None = None
         self._started = self._spent = 0.0
@@ -255,9 +252,8 @@ class LowRankMonitor(Callback):
         self._watchers = Watchers(trainer, self.prefix)
         self._watchers.prepare(self._keys("all"), self._keys("scalars"), layers_known=not has_lazy_parameters(module))
         self._loss_scale = current_loss_scale(trainer)
-        for logger in filter(is_wandb_logger, trainer.loggers) if trainer.is_global_zero else ():
-            # Lightning defines the x-axis only where it started the W&B run itself.
-            logger.experiment.define_metric(f"{self.prefix}/*", step_metric="trainer/global_step")
+        self._outlets = Outlets(trainer, self.prefix, self.spectral_every_n_steps, self._layer_rows)
+        self._outlets.describe(self._description())
 
     def _source(self, trainer: Any, module: LightningModule) -> Source | None:
         """Where the full-batch values of this run come from."""
@@ -352,7 +348,12 @@ class LowRankMonitor(Callback):
         if row:
             missing = {f"{self._section(index)}/{key}": math.nan for key in self._optimizers[index].keys.all}
             self._pending = {**missing, **self._pending, **named}
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in named.items() if math.isfinite(v)})
+        finite = {key: value for key, value in named.items() if math.isfinite(value)}
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in finite.items()})
+        if self.progress_bar:
+            wanted = {f"{self._section(index)}/{key}" for key in self._optimizers[index].keys.headline}
+            shown = {key.removeprefix(f"{self.prefix}/"): v for key, v in finite.items() if key in wanted}
+            progress_bar_metrics(trainer).update(shown)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -391,6 +392,8 @@ class LowRankMonitor(Callback):
         """Say what was found about the layers, if the run was too short to say it before."""
         if not self._said:
             self._attempt(self._say_regimes)
+        if self._outlets is not None:
+            self._outlets.finish()
         self._fitted = weakref.ref(trainer), trainer.global_step, self.state_dict()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -408,13 +411,25 @@ class LowRankMonitor(Callback):
         self._pending[f"{self.prefix}/overhead"] = self._spent / (time.perf_counter() - self._started)
         row = {key: self._pending.get(key, math.nan) for key in self._keys("all")}
         self._pending = {}
-        for logger in trainer.loggers:
-            try:
-                logger.log_metrics(row, step=step)
-            except Exception as error:
-                if not self._logger_failed:
-                    rank_zero_warn(f"LowRankMonitor: {type(logger).__name__} could not take a row: {error!r}")
-                self._logger_failed = True
+        if self._outlets is not None:
+            before = self._outlets.spent_on_tables
+            self._outlets.send(row, step)
+            self._spent += self._outlets.spent_on_tables - before
+
+    def _layer_rows(self) -> list[LayerRow]:
+        return [row for monitor in self._optimizers.values() for row in monitor.layer_rows()]
+
+    def _description(self) -> dict[str, Any]:
+        """What this run measures and against what, as plain data."""
+        names = ("gradient", "window_size", "window_stride", "window_rest", "every_n_steps", "every_n_epochs")
+        found = self.regimes()
+        # All of them, empty or not: W&B adds to a configuration's dict what it had before.
+        regimes = {regime.value: [name for name in found if found[name].regime is regime] for regime in Regime}
+        return {
+            "settings": {**{name: getattr(self, name) for name in names}, **self.settings.to_dict()},
+            "optimizers": [monitor.description() for monitor in self._optimizers.values()],
+            "regimes": regimes,
+        }
 
     def _keys(self, which: Literal["all", "scalars"]) -> list[str]:
         """The names of the run's values, as loggers see them."""
@@ -459,6 +474,8 @@ class LowRankMonitor(Callback):
         """Tell once which layers the theory speaks of."""
         self._said = True
         found = self.regimes()
+        if self._outlets is not None:
+            self._outlets.describe(self._description())
         if found:
             lines = [f"  {name}: {regime}" for name, regime in found.items()]
             rank_zero_info("LowRankMonitor: regimes of the layers\n" + "\n".join(lines))
@@ -476,10 +493,6 @@ class LowRankMonitor(Callback):
             return None
         finally:
             self._spent += time.perf_counter() - start
-
-
-def _is_coefficient(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _patterns(value: str | list[str] | None) -> list[str]:

@@ -14,6 +14,7 @@ from lightning_lowrank.functional.start import shared_start
 from lightning_lowrank.merging.card import differences
 from lightning_lowrank.merging.comparison import Outputs, default_outputs
 from lightning_lowrank.merging.engine import Merge, check_coefficients
+from lightning_lowrank.merging.leaks import LeakMeter
 from lightning_lowrank.merging.modules import copy_module, merge_with_heads, with_trunk
 from lightning_lowrank.merging.policy import MergePolicy, some
 from lightning_lowrank.merging.report import MergeReport
@@ -42,6 +43,7 @@ class WeightSumMerger:
             different shapes and names.
         outputs: ``outputs(module, batch)`` returns the network's outputs for a batch, shape ``(batch, ...)``, where
             ``predict_step`` or ``forward(batch[0])`` does not.
+        progress: Whether evaluations show a progress bar; None shows one in terminals and notebooks.
 
     Example:
         >>> merger = WeightSumMerger(coefficients=[0.5, 0.5])
@@ -60,6 +62,7 @@ class WeightSumMerger:
         policy: MergePolicy | None = None,
         heads: Mapping[str, str] | None = None,
         outputs: Outputs | None = None,
+        progress: bool | None = None,
     ) -> None:
         if trainer is not None and not hasattr(trainer, "strategy"):
             raise TypeError(f"trainer must be a Lightning Trainer or None, got {type(trainer).__name__}")
@@ -73,6 +76,7 @@ class WeightSumMerger:
         self.policy = policy or MergePolicy()
         self.heads = None if heads is None else dict(heads)
         self.outputs = outputs or default_outputs
+        self.progress = progress
 
     def merge(self, m1: M, m2: nn.Module, *more: nn.Module, task: str | None = None) -> M:
         """The merged module, see :func:`merge_modules`.
@@ -107,6 +111,8 @@ class WeightSumMerger:
         - ``output_change``: |f_model - f_own| / |f_own|, Frobenius norms over all the task's outputs, f_own the network
           that was trained on the task.
 
+        ``leak`` has by task and layer what the sum adds to a layer's pre-activations, relative to what was there.
+
         Where there are batch normalisations, two more models are the sum with other running statistics: "sum_pooled"
         with the networks' moments pooled, "sum_reestimated" with the merged network's own, from the tasks' batches.
         With ``heads`` every model wears the head of the task that it runs on.
@@ -125,31 +131,36 @@ class WeightSumMerger:
         """
         modules = (m1, m2, *more)
         tasks = self._tasks(dataloaders, len(modules))
-        runs = Runs(modules, self.trainer, self.outputs)
+        runs = Runs(modules, self.trainer, self.outputs, self.progress)
         originals = [f"m{number}" for number in range(1, len(modules) + 1)]
         settings = self._settings(modules, runs)
         metrics: dict[str, float] = {}
+        leak: dict[str, dict[str, float]] = {}
         names: list[str] = []
         notes: list[str] = []
         models: Models | None = None
-        for (task, loader), own in zip(tasks.items(), originals, strict=True):
-            if models is None or self.heads:
-                models, merge = self._models(modules, task)
-                if self.heads and batch_norms(models["sum"]):
-                    notes.append("no sum_reestimated: with heads, no one network runs on all the tasks' batches")
-                if "sum_reestimated" in models:
-                    notes += _reestimate(models["sum_reestimated"], runs, tasks)
-            found, said = runs.measure(task, loader, models, own, originals)
-            names = list(found)
-            of_task = dict.fromkeys(metric for values in found.values() for metric in values)
-            metrics |= {
-                f"{task}/{model}/{name}": found[model].get(name, math.nan) for model in found for name in of_task
-            }
-            notes += said
+        with runs.bar.shown():
+            for (task, loader), own in zip(tasks.items(), originals, strict=True):
+                first = models is None
+                if models is None or self.heads:
+                    models, merge = self._models(modules, task)
+                    runs.bar.expect(len(tasks) * (len(models) + 1) if first else 0)
+                    if self.heads and batch_norms(models["sum"]):
+                        notes.append("no sum_reestimated: with heads, no one network runs on all the tasks' batches")
+                    if "sum_reestimated" in models:
+                        notes += _reestimate(models["sum_reestimated"], runs, tasks)
+                leaks = LeakMeter(models[own], models["sum"])
+                found, said = runs.measure(task, loader, models, own, originals, leaks)
+                leak[task] = leaks.result()
+                names = list(found)
+                of_task = dict.fromkeys(metric for values in found.values() for metric in values)
+                metrics |= {
+                    f"{task}/{model}/{name}": found[model].get(name, math.nan) for model in found for name in of_task
+                }
+                notes += said
         notes += self._said(settings, modules, merge)
-        return MergeReport(
-            dict(zip(tasks, originals, strict=True)), names, metrics, list(dict.fromkeys(notes)), settings
-        )
+        owners = dict(zip(tasks, originals, strict=True))
+        return MergeReport(owners, names, metrics, list(dict.fromkeys(notes)), settings, leak=leak)
 
     def sweep(
         self,
@@ -181,18 +192,21 @@ class WeightSumMerger:
         """
         modules = (m1, m2, *more)
         tasks = self._tasks(dataloaders, len(modules))
-        runs = Runs(modules, self.trainer, self.outputs)
+        runs = Runs(modules, self.trainer, self.outputs, self.progress)
         originals = [f"m{number}" for number in range(1, len(modules) + 1)]
         sweep = CoefficientSweep(list(tasks), metric, minimize, [], [])
-        for coefficients in candidates_for(candidates, len(modules)):
-            values = []
-            for (task, loader), own, module in zip(tasks.items(), originals, modules, strict=True):
-                merged, _ = self._merge(modules, task if self.heads else None, coefficients)
-                found, _ = runs.measure(task, loader, {own: copy_module(module), "sum": merged}, own)
-                if metric not in found["sum"]:
-                    raise ValueError(f"no metric {metric!r} on task {task!r}; there are: {', '.join(found['sum'])}")
-                values.append(found["sum"][metric])
-            sweep.add(coefficients, values)
+        tried = candidates_for(candidates, len(modules))
+        runs.bar.expect(2 * len(tried) * len(tasks))
+        with runs.bar.shown():
+            for coefficients in tried:
+                values = []
+                for (task, loader), own, module in zip(tasks.items(), originals, modules, strict=True):
+                    merged, _ = self._merge(modules, task if self.heads else None, coefficients)
+                    found, _ = runs.measure(task, loader, {own: copy_module(module), "sum": merged}, own)
+                    if metric not in found["sum"]:
+                        raise ValueError(f"no metric {metric!r} on task {task!r}; there are: {', '.join(found['sum'])}")
+                    values.append(found["sum"][metric])
+                sweep.add(coefficients, values)
         return sweep
 
     def reestimate(self, merged: M, dataloaders: Any) -> M:
@@ -207,7 +221,9 @@ class WeightSumMerger:
         copied = copy_module(merged)
         count = len(dataloaders) if hasattr(dataloaders, "__len__") else 0
         tasks = checked_tasks(dataloaders, count)
-        _reestimate(copied, Runs([copied], self.trainer, self.outputs), tasks)
+        runs = Runs([copied], self.trainer, self.outputs, self.progress)
+        with runs.bar.shown():
+            _reestimate(copied, runs, tasks)
         copied._trainer = None  # type: ignore[assignment]
         return copied
 

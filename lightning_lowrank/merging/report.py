@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from lightning_lowrank._compat import as_list, is_wandb_logger
+from lightning_lowrank._compat import as_list, is_wandb_logger, key_prefix
 from lightning_lowrank._json_report import Saved, read_report
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Of the printed table: wide enough for five models and long names.
 _WIDTH = 110
+# Layers whose leak is printed.
+_WORST = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class MergeReport(Saved):
         notes: What could not be measured and why.
         settings: How the merge was made.
         card: Of merged files: inputs and output with their hashes, rules, versions, the command.
+        leak: By task and layer: what the sum adds to a layer's pre-activations on the task, relative to what was there
+            (|(W_sum - W_own) h| / |W_own h|, h the layer's inputs within the task's own network).
 
     Example:
         >>> report = MergeReport(
@@ -53,6 +58,7 @@ class MergeReport(Saved):
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
+    leak: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def value(self, task: str, model: str, metric: str) -> float:
         """One value.
@@ -67,6 +73,12 @@ class MergeReport(Saved):
         parts = (key.split("/", 2) for key in self.metrics)
         return list(dict.fromkeys(metric for of_task, _, metric in parts if of_task == task))
 
+    @property
+    def headline_metric(self) -> str | None:
+        """The metric to look at first: the joint accuracy of classifiers, else the first one there is."""
+        names = list(dict.fromkeys(name for task in self.tasks for name in self.metric_names(task)))
+        return "joint_accuracy" if "joint_accuracy" in names else next(iter(names), None)
+
     @classmethod
     def load(cls, path: str | Path) -> MergeReport:
         """Read a report that :meth:`save` wrote.
@@ -76,7 +88,8 @@ class MergeReport(Saved):
         """
         try:
             content = read_report(path, cls.schema_version)
-            content["metrics"] = {k: math.nan if v is None else float(v) for k, v in content["metrics"].items()}
+            content["metrics"] = _numbers(content["metrics"])
+            content["leak"] = {task: _numbers(layers) for task, layers in content.get("leak", {}).items()}
             return cls(**content)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a merge report: it is no text") from error
@@ -105,7 +118,18 @@ class MergeReport(Saved):
                 table.add_row(escape(f"{task} ({own})") if index == 0 else "", escape(metric), *map(_shown, values))
             table.add_section()
         parts: list[RenderableType] = [table] if self.tasks else []
-        return Group(*parts, *self._of_files(), *(Text(f"Note: {note}") for note in self.notes))
+        return Group(*parts, *self._leaks(), *self._of_files(), *(Text(f"Note: {note}") for note in self.notes))
+
+    def _leaks(self) -> list[Text]:
+        """The layers in which the sum changes most, by task."""
+        found = []
+        for task, layers in self.leak.items():
+            worst = sorted(layers.items(), key=lambda one: -one[1] if math.isfinite(one[1]) else math.inf)
+            shown = ", ".join(f"{name} {_shown(value)}" for name, value in worst[:_WORST])
+            rest = f" and {len(worst) - _WORST} layers with less" if len(worst) > _WORST else ""
+            if shown:
+                found.append(Text(f"Leak on {task}: {shown}{rest}"))
+        return found
 
     def _of_files(self) -> list[Text]:
         if not self.card:
@@ -134,8 +158,7 @@ class MergeReport(Saved):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("plots need matplotlib: pip install 'lightning-lowrank[examples]'") from error
         names = list(dict.fromkeys(name for task in self.tasks for name in self.metric_names(task)))
-        if metric is None:
-            metric = "joint_accuracy" if "joint_accuracy" in names else next(iter(names), None)
+        metric = metric or self.headline_metric
         if metric not in names:
             raise ValueError(f"no metric {metric!r} in this report; it has {', '.join(names) or 'none'}")
         # A figure of its own, not pyplot's: nothing global is left behind.
@@ -155,22 +178,46 @@ class MergeReport(Saved):
         figure.legend(loc="outside upper center", ncols=len(self.models), frameon=False, fontsize=8)
         return figure, axes
 
-    def log(self, logger: Any, prefix: str = "merge") -> None:
+    def log(
+        self,
+        logger: Any,
+        prefix: str = "merge",
+        *,
+        checkpoint: str | Path | None = None,
+        parents: Sequence[str] | None = None,
+    ) -> None:
         """Send the metrics to a logger, or to each of several.
 
+        W&B gets more: a table of models and tasks, a bar chart, the leak by layer, summary values; and with
+        ``checkpoint`` the merged file as an artifact, with its card and with its parents as lineage. docs/dashboards.md
+        shows them.
+
         Args:
-            logger: A Lightning logger or a list of them. W&B gets a table and summary values.
+            logger: A Lightning logger or a list of them.
             prefix: What the keys begin with.
+            checkpoint: The file that :func:`merge_checkpoints` wrote, its card beside it. For W&B only.
+            parents: Names of the parents' own W&B artifacts, as ``"entity/project/name:version"``, base last; without
+                them the parents are recorded by reference to their files. Offline there is no lineage: their digests
+                stand in the merged artifact's metadata in any case.
+
+        Raises:
+            ValueError: If there is no card of the checkpoint, or not a name for each parent.
         """
         named = {f"{prefix}/{key}": value for key, value in self.metrics.items()}
         for one in as_list(logger):
             if is_wandb_logger(one):
-                from lightning_lowrank.dashboards.weights_and_biases import log_report
+                from lightning_lowrank.dashboards.merges import log_artifact, log_report
 
-                log_report(one.experiment, self, prefix)
+                log_report(one.experiment, self, f"{key_prefix(one)}{prefix}")
+                if checkpoint is not None:
+                    log_artifact(one.experiment, self, Path(checkpoint), parents)
             else:
                 one.log_metrics(named)
                 one.save()
+
+
+def _numbers(values: dict[str, float | None]) -> dict[str, float]:
+    return {key: math.nan if value is None else float(value) for key, value in values.items()}
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers too: the networks grey, the merges in colour.

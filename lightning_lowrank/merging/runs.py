@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ from lightning_lowrank.merging.comparison import (
     overrides,
     targets_of,
 )
+from lightning_lowrank.merging.leaks import LeakMeter
+from lightning_lowrank.merging.progress import PassBar
 
 STEPS = {"test": "test_step", "validate": "validation_step"}
 ENSEMBLE = "ensemble"
@@ -32,12 +35,13 @@ class Runs:
         modules: The networks; all of one Lightning package, with a test or a validation step.
         trainer: A Trainer whose device, precision and batch limits are used, or None.
         outputs: Returns a network's outputs for a batch.
+        progress: Whether there is a progress bar; None shows one in terminals and notebooks.
 
     Raises:
         TypeError: If a module is no LightningModule, or none of their steps can be run.
     """
 
-    def __init__(self, modules: Sequence[Any], trainer: Any, outputs: Outputs) -> None:
+    def __init__(self, modules: Sequence[Any], trainer: Any, outputs: Outputs, progress: bool | None = False) -> None:
         found = [namespace_of(module) for module in modules]
         names = " and ".join(type(module).__name__ for module in modules)
         if found[0] is None or any(namespace is not found[0] for namespace in found):
@@ -48,10 +52,17 @@ class Runs:
             raise TypeError(f"{names} need a test_step or a validation_step to be evaluated")
         self.stage = stages[0]
         self._recorder = _Recorder(outputs)
-        self._trainer = _evaluation_trainer(found[0], trainer, self._recorder, self.stage)
+        self.bar = PassBar(progress)
+        self._trainer = _evaluation_trainer(found[0], trainer, [self._recorder, self.bar], self.stage)
 
     def measure(
-        self, task: str, loader: Any, models: Mapping[str, LightningModule], own: str, ensemble: Sequence[str] = ()
+        self,
+        task: str,
+        loader: Any,
+        models: Mapping[str, LightningModule],
+        own: str,
+        ensemble: Sequence[str] = (),
+        leaks: LeakMeter | None = None,
     ) -> tuple[dict[str, dict[str, float]], list[str]]:
         """Every model's metrics on a task.
 
@@ -61,6 +72,7 @@ class Runs:
             models: By name.
             own: The name of the model that was trained on the task.
             ensemble: Names of the models whose outputs are averaged as one more.
+            leaks: Sees what the layers of the task's own network get.
 
         Returns:
             Metrics by model and name; and notes on what could not be measured.
@@ -68,14 +80,17 @@ class Runs:
         recorder, notes = self._recorder, []
         recorder.collect_classes(models, ensemble)
         with quiet():
+            self.bar.describe(f"{task}: {own}")
             logged = {own: self.run(models[own], loader)}
             if recorder.batches == 0:
                 raise ValueError(f"the dataloader of task {task!r} yields no batch")
-            recorder.compare(own)
+            recorder.compare(own, leaks)
             for name in (name for name in models if name != own):
+                self.bar.describe(f"{task}: {name}")
                 logged[name] = self.run(models[name], loader)
                 recorder.rest()
             if ensemble:
+                self.bar.describe(f"{task}: {ENSEMBLE}")
                 logged[ENSEMBLE], calls = self._run_ensemble([models[name] for name in ensemble], loader)
                 if calls == 0:
                     logged[ENSEMBLE] = {}
@@ -97,6 +112,8 @@ class Runs:
     def pass_over(self, model: Any, loader: Any) -> None:
         """Run the model over a loader for what its layers see, not for metrics."""
         self._recorder.rest()
+        self.bar.expect(1)
+        self.bar.describe("running statistics")
         with quiet():
             place(model, self._trainer)
             self.run(model, loader)
@@ -131,10 +148,12 @@ class _Recorder(Callback):
         self.problem: str | None = None
         self._classes: set[int] = set()
         self._comparison: Comparison | None = None
+        self._leaks: LeakMeter | None = None
         self._comparing = False
 
-    def compare(self, own: str) -> None:
+    def compare(self, own: str, leaks: LeakMeter | None) -> None:
         self._comparison = Comparison(own, self._classes)
+        self._leaks = leaks
         self._comparing = True
 
     def rest(self) -> None:
@@ -169,9 +188,11 @@ class _Recorder(Callback):
         assert self._comparison is not None
         outputs: dict[str, Tensor] = {}
         try:
-            for name, model in self._models.items():
+            for model in self._models.values():
                 place(model, trainer)
-                with trainer.precision_plugin.test_step_context():
+            for name, model in self._models.items():
+                leaks = self._leaks if name == self._comparison.own else None
+                with trainer.precision_plugin.test_step_context(), leaks.watching() if leaks else nullcontext():
                     found = as_logits(self._outputs(model, copy.copy(batch)))
                 if found is None:
                     raise TypeError(f"outputs(module, batch) must return a tensor of real numbers for {name}")
@@ -223,7 +244,7 @@ def place(model: Any, trainer: Any) -> None:
     trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
 
 
-def _evaluation_trainer(namespace: Any, trainer: Any, recorder: Callback, stage: str) -> Any:
+def _evaluation_trainer(namespace: Any, trainer: Any, callbacks: list[Callback], stage: str) -> Any:
     """A Trainer on one device, like the user's where there is one, that logs and saves nothing."""
     options: dict[str, Any] = {"accelerator": "auto", "devices": 1}
     if trainer is not None:
@@ -240,7 +261,7 @@ def _evaluation_trainer(namespace: Any, trainer: Any, recorder: Callback, stage:
     with quiet():
         return namespace.Trainer(
             **options,
-            callbacks=[recorder],
+            callbacks=callbacks,
             # Steps that log pictures or tables by themselves find a logger that takes all and keeps nothing.
             logger=namespace.loggers.logger.DummyLogger(),
             enable_checkpointing=False,

@@ -324,7 +324,7 @@ def test_two_monitors_need_two_prefixes():
         ({"gradient": "batch"}, "gradient must be one of .*'auto'.*, got 'batch'"),
         ({"window_size": 0}, "window_size must be a positive integer or None, got 0"),
         ({"window_stride": -1}, "window_stride must be a positive integer, got -1"),
-        ({"window_rest": -1}, "window_rest must be None or an integer of at least 0, got -1"),
+        ({"window_rest": -1}, "window_rest must be an integer of at least 0 or None, got -1"),
         ({"every_n_epochs": 0}, "every_n_epochs must be a positive integer, got 0"),
         ({"weight_decay": -1.0}, "weight_decay must be 'auto' or a number of at least 0, got -1.0"),
         ({"loss_penalty": math.nan}, "loss_penalty must be a number of at least 0, got nan"),

@@ -396,10 +396,10 @@ def test_report_goes_to_any_logger_and_to_wandb_as_table_and_summary(report, nam
     summary = {key: value for update in summaries for key, value in update.items()}
     flat = json.dumps(summary)
     assert f"{report.value('first', 'sum', 'test_acc')}"[:8] in flat
-    table = json.loads(next(tmp_path.rglob("*.table.json")).read_text())
-    assert table["columns"][:2] == ["model", "task"]
-    assert len(table["data"]) == 10
-    cell = table["data"][MODELS.index("sum") * 2][table["columns"].index("test_loss")]
+    table = json.loads(next(tmp_path.rglob("merge/table_*.table.json")).read_text())
+    assert table["columns"][0] == "model"
+    assert [row[0] for row in table["data"]] == list(MODELS)
+    cell = table["data"][MODELS.index("sum")][table["columns"].index("test_loss on first")]
     assert cell == pytest.approx(report.value("first", "sum", "test_loss"))
 
 
