@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lowrank._compat import NAMESPACES
 
 torch.set_num_threads(2)
+# W&B reads it when it is first used in a process: later WandbLogger(offline=True) alone would go unheard.
+os.environ["WANDB_MODE"] = "offline"
 
 # What other libraries say about themselves in every run; none of it is ours to mend.
 FOREIGN_WARNINGS = (

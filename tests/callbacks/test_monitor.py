@@ -320,7 +320,7 @@ def test_two_monitors_need_two_prefixes():
         ({"every_n_steps": 0}, "positive integer or None, got 0"),
         ({"every_n_steps": 1.5}, "positive integer or None, got 1.5"),
         ({"spectral": "svd"}, "spectral must be one of .*'norm', 'full', None.*, got 'svd'"),
-        ({"per_layer": "yes"}, "'auto', True or False, got 'yes'"),
+        ({"per_layer": "yes"}, r"per_layer must be one of .'auto', True, False., got 'yes'"),
         ({"gradient": "batch"}, "gradient must be one of .*'auto'.*, got 'batch'"),
         ({"window_size": 0}, "window_size must be a positive integer or None, got 0"),
         ({"window_stride": -1}, "window_stride must be a positive integer, got -1"),
