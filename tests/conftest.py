@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,18 @@ FOREIGN_WARNINGS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _foreign_warnings():
+@contextmanager
+def foreign_warnings_ignored() -> Iterator[None]:
+    """For fixtures of a module; tests have it by themselves."""
     with warnings.catch_warnings():
         for message in FOREIGN_WARNINGS:
             warnings.filterwarnings("ignore", message=f".*{message}")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _foreign_warnings():
+    with foreign_warnings_ignored():
         yield
 
 

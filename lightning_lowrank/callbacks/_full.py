@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def measure_epoch(trainer: Any, module: LightningModule, monitor: OptimizerMonit
     limit = int(batches) if math.isfinite(batches) else None
     population = pass_population(loader, trainer.world_size, limit)
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
-    with Progress(disable=not shown, transient=True) as bar:
+    redirected = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
+    with Progress(disable=not shown, transient=True, **redirected) as bar:
         task = bar.add_task("full gradient", total=limit)
         steps = TrainingPass(
             module,

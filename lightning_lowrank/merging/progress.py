@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -17,15 +20,26 @@ class PassBar(Callback):
     """One bar for all passes that a Trainer takes over tasks' batches; it leaves nothing behind.
 
     Args:
-        shown: Whether there is a bar; None shows one where standard error is a terminal or a notebook.
+        shown: Whether there is a bar; None shows one where standard error is a terminal or a notebook, on rank zero.
     """
 
     def __init__(self, shown: bool | None) -> None:
         super().__init__()
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        disable = not (console.is_terminal or console.is_jupyter) if shown is None else not shown
-        self._progress = Progress(*columns, console=console, transient=True, disable=disable)
+        if shown is None:
+            # Without ipywidgets rich warns in a notebook and shows nothing.
+            in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+            shown = (sys.stderr.isatty() or in_notebook) and rank_zero_only.rank == 0
+        self._progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not shown,
+            # What user code prints into a file or a pipe stays what it is.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
         self._task = self._progress.add_task("", total=0)
         self._passes = 0
         self._done = 0

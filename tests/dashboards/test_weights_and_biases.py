@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from torch import nn
 
 from lightning_lowrank import LowRankMonitor, demo
 from lightning_lowrank.cli import main
-from tests.conftest import RowLogger, make_classifier, make_loader, make_trainer, mlp, wandb_records
+from tests.conftest import RowLogger, make_classifier, make_loader, make_trainer, mlp
+from tests.dashboards.offline import number, offline_runs
 from tests.dashboards.wandb_stub import WandbStub
 
 wandb = pytest.importorskip("wandb")
@@ -44,58 +43,6 @@ DECOUPLED = ["update_alignment", "update_residual"]
 OF_LAYERS = ["alignment", "frobenius_norm", "spectral_norm", "stable_rank", "effective_rank", "implied_weight_decay"]
 
 
-class OfflineRun:
-    """Everything that an offline run wrote."""
-
-    def __init__(self, folder: Path) -> None:
-        class Run:
-            dir = str(folder / "files")
-
-        self.folder = folder
-        self.records = wandb_records(Run)
-        self.history = [record["history"]["item"] for record in self.records if record["type"] == "history"]
-
-    @property
-    def rows(self):
-        return [row for row in self.history if "lowrank/overhead" in row]
-
-    @property
-    def config(self):
-        found = {}
-        for record in self.records:
-            update = record.get("config", record.get("run", {}).get("config", {})).get("update", {})
-            for key, value in update.items():
-                old = found.get(key)
-                found[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        return found
-
-    @property
-    def summary(self):
-        found = {}
-        for record in self.records:
-            if record["type"] == "summary":
-                found |= record["summary"].get("update", {})
-        return found
-
-    @property
-    def artifacts(self):
-        return [record["artifact"] for record in self.records if record["type"] == "artifact"]
-
-    def tables(self, key):
-        """Every version of a table, in the order in which they were written."""
-        found = []
-        for row in self.history:
-            path = row.get(f"{key}.path") or (row.get(key) or {}).get("path")
-            if path:
-                found.append((row, json.loads((self.folder / "files" / path).read_text())))
-        return found
-
-
-def number(value):
-    """NaN reads back as the string."""
-    return float(value) if isinstance(value, (int, float)) else {"NaN": math.nan}[value]
-
-
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
@@ -109,12 +56,7 @@ def demo_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo_runs(demo_folder):
     """The runs of the demo by name."""
-    found = {}
-    for folder in sorted((demo_folder / "wandb").glob("offline-run-*")):
-        run = OfflineRun(folder)
-        [name] = re.findall(r'"display_name": ?"([^"]+)"', json.dumps(run.records))[:1]
-        found[name] = run
-    return found
+    return {run.name: run for run in offline_runs(demo_folder)}
 
 
 def test_one_command_makes_a_run_per_network_and_per_merge(demo_runs):
@@ -162,8 +104,8 @@ def test_keys_of_decoupled_decay_read_back(tmp_path, kind):
     trainer = make_trainer(logger=[rows, logger], callbacks=[LowRankMonitor(spectral_budget=1.0)])
     trainer.fit(make_classifier(mlp(), optimizer=optimizer), make_loader())
     logger.experiment.finish()
-    [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    found = OfflineRun(folder).rows
+    [recorded] = offline_runs(tmp_path)
+    found = recorded.rows
     expected = rows.ours()
     bound = "linf_decay" if kind == "adamw" else "spectral_decay"
     assert {f"lowrank/{key}" for key in [*DECOUPLED, bound]} <= set(expected[0][1])
@@ -171,7 +113,7 @@ def test_keys_of_decoupled_decay_read_back(tmp_path, kind):
     for row, (_, wanted) in zip(found, expected, strict=True):
         for key, value in wanted.items():
             assert number(row[key]) == pytest.approx(value, rel=1e-12, nan_ok=True)
-    assert OfflineRun(folder).config["lowrank"]["optimizers"][0]["target"] == [
+    assert recorded.config["lowrank"]["optimizers"][0]["target"] == [
         "fixed point of its own direction and decoupled decay"
     ]
 
@@ -215,8 +157,8 @@ def test_missing_values_do_not_reach_the_summary(tmp_path):
         run.log(row)
         board.summarise(row)
     run.finish()
-    [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    summary = OfflineRun(folder).summary
+    [recorded] = offline_runs(tmp_path)
+    summary = recorded.summary
     assert summary["lowrank/alignment"] == 0.7
     assert summary["lowrank/best/alignment"] == 0.9
     assert summary["lowrank/optimizer_1/residual"] == 0.7
@@ -300,8 +242,8 @@ def test_a_run_that_someone_else_started_gets_its_axis_and_the_loggers_prefix(tm
     trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor(prefix="wd")])
     trainer.fit(make_classifier(mlp()), make_loader())
     run.finish()
-    [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    found = OfflineRun(folder)
+    [recorded] = offline_runs(tmp_path)
+    found = recorded
     metrics = [record["metric"] for record in found.records if record["type"] == "metric"]
     axes = {metric.get("glob_name") or metric.get("name"): metric.get("step_metric") for metric in metrics}
     assert axes["student-wd/*"] == "trainer/global_step"
@@ -321,8 +263,8 @@ def test_a_large_model_has_one_table_instead_of_keys(tmp_path):
     trainer = make_trainer(logger=logger, callbacks=[monitor])
     trainer.fit(make_classifier(net), make_loader())
     logger.experiment.finish()
-    [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    run = OfflineRun(folder)
+    [recorded] = offline_runs(tmp_path)
+    run = recorded
     assert not [key for key in run.rows[0] if key.endswith(".weight")]
     tables = run.tables("lowrank/layers")
     # With an interval of its own: with the first row, and every three steps.
