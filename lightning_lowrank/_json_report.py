@@ -1,7 +1,8 @@
-"""Reports as JSON files: written whole or not at all, NaN as null, with a schema version."""
+"""Reports as files: JSON with a schema version and NaN as null, or an HTML page; written whole or not at all."""
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 
 class Saved:
-    """A dataclass that can be written as JSON; the base of every report."""
+    """A dataclass that can be written as JSON and as a page, and shown in a notebook; the base of every report."""
 
     schema_version: ClassVar[int] = 1
 
@@ -19,12 +20,24 @@ class Saved:
         return {"schema_version": self.schema_version, **asdict(self)}  # type: ignore[call-overload]
 
     def save(self, path: str | Path) -> Path:
-        """Write the report as JSON, NaN as null.
+        """Write the report as JSON, NaN as null, or as an HTML page with all that it needs in itself.
+
+        Args:
+            path: A name that ends in .json, which ``load`` reads again, or in .html.
 
         Raises:
-            ValueError: If the name does not end in .json, or the folder does not exist.
+            ValueError: If the name ends in neither, or the folder does not exist.
+            ModuleNotFoundError: If a page is wanted and vl-convert-python is not installed.
         """
-        return write_report(path, self.to_dict())
+        if Path(path).suffix != ".html":
+            return write_report(path, self.to_dict())
+        from lightning_lowrank.dashboards.page import report_page
+
+        return write_text(path, report_page(self))  # type: ignore[arg-type]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f'<pre style="white-space: pre; overflow-x: auto">{html.escape(str(self))}</pre>'
 
 
 def write_report(path: str | Path, content: dict[str, Any]) -> Path:
@@ -33,10 +46,18 @@ def write_report(path: str | Path, content: dict[str, Any]) -> Path:
     Raises:
         ValueError: If the name does not end in .json, or the folder does not exist.
     """
+    if Path(path).suffix != ".json":
+        raise ValueError(f"a report is saved as .json, or as an .html page, got {Path(path).name!r}")
+    return write_text(path, json_text(content))
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file under its final name only once it is whole.
+
+    Raises:
+        ValueError: If the folder does not exist.
+    """
     path = Path(path)
-    if path.suffix != ".json":
-        raise ValueError(f"a report is saved as .json, got {path.name!r}")
-    text = json_text(content)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {str(path.parent)!r} to save a report in; make it first")
     # A crash while writing must not leave half a report under the final name.

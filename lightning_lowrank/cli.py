@@ -1,4 +1,4 @@
-"""The command line: ``lightning-lowrank demo``, ``inspect`` and ``merge``."""
+"""The command line: ``lightning-lowrank demo``, ``inspect``, ``merge``, ``report`` and ``dashboard``."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_subcommand("demo", _demo_options(), help="the whole product in a minute, on scikit-learn's digits")
     commands.add_subcommand("inspect", _inspect_options(), help="norms, ranks and singular values of a checkpoint")
     commands.add_subcommand("merge", _merge_options(), help="merge checkpoints by summing their weights")
+    commands.add_subcommand("report", _report_options(), help="one HTML page of a training run, from its logs")
+    commands.add_subcommand("dashboard", _dashboard_options(), help="a W&B workspace for the runs of a project")
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(words)
     runs: dict[str, Callable[[Any], None]] = {"demo": _demo, "inspect": _inspect, "merge": partial(_merge, words)}
+    runs |= {"report": _report, "dashboard": _dashboard}
     try:
         runs[options.command](options[options.command])
     except MergeError as error:
@@ -134,6 +137,40 @@ def _merge_options() -> ArgumentParser:
     return merge
 
 
+def _report_options() -> ArgumentParser:
+    report = ArgumentParser(
+        description="One HTML page of a training run: verdicts, charts, layers and merges, with all that it needs in"
+        " itself. Runs are those of CSVLogger, TensorBoardLogger, and WandbLogger as it writes them to disk."
+    )
+    report.add_argument("run", type=Path, help="the run's folder, or its metrics.csv, event or .wandb file")
+    report.add_argument("-o", "--output", type=Path, default=Path("lowrank-report.html"), help="the page to write")
+    report.add_argument("--prefix", type=str, default="lowrank", help="what the keys of LowRankMonitor begin with")
+    report.add_argument("--merge-prefix", type=str, default="merge", help="what the keys of a merge begin with")
+    return report
+
+
+def _dashboard_options() -> ArgumentParser:
+    dashboard = ArgumentParser(
+        description="Make a W&B workspace for the runs of a project, or bring the one of that name up to date."
+    )
+    dashboard.add_argument("--entity", type=str, required=True, help="the team or user that the project belongs to")
+    dashboard.add_argument("--project", type=str, required=True, help="the project whose runs are shown")
+    dashboard.add_argument(
+        "--name", type=str, default="Low-rank training", help="of the workspace, and the report's title"
+    )
+    dashboard.add_argument("--report", action="store_true", help="make a W&B report that explains each panel as well")
+    dashboard.add_argument("--prefix", type=str, default="lowrank", help="what the keys of LowRankMonitor begin with")
+    dashboard.add_argument("--merge-prefix", type=str, default="merge", help="what the keys of a merge begin with")
+    dashboard.add_argument("--optimizers", type=int, default=1, help="how many optimizers the runs have")
+    dashboard.add_argument(
+        "--x-axis", type=Literal["global_step", "cumulative_decay"], default="global_step", help="of the line plots"
+    )
+    dashboard.add_argument(
+        "--dry-run", action="store_true", help="print the JSON; nothing is sent and no key is needed"
+    )
+    return dashboard
+
+
 def _demo(options: Any) -> None:
     from lightning_lowrank.demo import run
 
@@ -195,6 +232,25 @@ def _merge(words: Sequence[str], options: Any) -> None:
             command=shlex.join(["lightning-lowrank", *words]),
         )
     console.print(report) if console.is_terminal else print(report)
+
+
+def _report(options: Any) -> None:
+    from lightning_lowrank._json_report import write_text
+    from lightning_lowrank.dashboards.page import run_page
+    from lightning_lowrank.dashboards.recorded import read_run
+
+    _check_output(options.output, (".html",))
+    page = run_page(read_run(options.run), options.prefix, options.merge_prefix)
+    print(f"Wrote {write_text(options.output, page)}")
+
+
+def _dashboard(options: Any) -> None:
+    if find_spec("wandb_workspaces") is None:
+        raise ModuleNotFoundError("W&B workspaces need wandb-workspaces: pip install 'lightning-lowrank[wandb]'")
+    from lightning_lowrank.dashboards.workspace import dashboard
+
+    names = ("report", "name", "prefix", "merge_prefix", "optimizers", "x_axis", "dry_run")
+    print(dashboard(options.entity, options.project, **{name: options[name] for name in names}))
 
 
 def _policy(words: Sequence[str], lora_rank: int | None) -> MergePolicy:

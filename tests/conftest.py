@@ -89,6 +89,27 @@ def make_classifier(net: nn.Module, namespace: Any = lightning.pytorch, optimize
     return Classifier()
 
 
+def make_two_optimizers(namespace: Any = lightning.pytorch) -> Any:
+    """Two networks under manual optimization, each with an SGD of its own."""
+
+    class Two(namespace.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.one, self.two = mlp(seed=0), mlp(seed=1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for net, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(net(batch[0]), batch[1]))
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [sgd(net.parameters()) for net in (self.one, self.two)]
+
+    return Two()
+
+
 def sgd(parameters: Any) -> Any:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2)
 

@@ -48,8 +48,9 @@ def measure_epoch(trainer: Any, module: LightningModule, monitor: OptimizerMonit
     limit = int(batches) if math.isfinite(batches) else None
     population = pass_population(loader, trainer.world_size, limit)
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
-    redirected = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
-    with Progress(disable=not shown, transient=True, **redirected) as bar:
+    # What user code prints into a file or a pipe stays what it is.
+    of_terminal, of_errors = sys.stdout.isatty(), sys.stderr.isatty()
+    with Progress(disable=not shown, transient=True, redirect_stdout=of_terminal, redirect_stderr=of_errors) as bar:
         task = bar.add_task("full gradient", total=limit)
         steps = TrainingPass(
             module,

@@ -30,7 +30,7 @@ class PassBar(Callback):
         if shown is None:
             # Without ipywidgets rich warns in a notebook and shows nothing.
             in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
-            shown = (sys.stderr.isatty() or in_notebook) and rank_zero_only.rank == 0
+            shown = (sys.stderr.isatty() or in_notebook) and getattr(rank_zero_only, "rank", 0) == 0
         self._progress = Progress(
             *columns,
             console=console,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lowrank import LowRankMonitor
-from tests.conftest import make_classifier, make_loader, make_trainer, mlp
+from tests.conftest import make_classifier, make_loader, make_trainer, make_two_optimizers, mlp
 
 
 def bars(namespace):
@@ -63,23 +63,8 @@ def test_what_does_not_exist_is_not_shown_under_another_name(namespace, capsys):
 
 
 def test_several_optimizers_are_told_apart(namespace):
-    class Two(namespace.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.one, self.two = mlp(seed=0), mlp(seed=1)
-
-        def training_step(self, batch, batch_idx):
-            for net, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
-                optimizer.zero_grad()
-                self.manual_backward(nn.functional.cross_entropy(net(batch[0]), batch[1]))
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=1e-2) for net in (self.one, self.two)]
-
     trainer = make_trainer(namespace, callbacks=[LowRankMonitor(progress_bar=True)])
-    trainer.fit(Two(), make_loader())
+    trainer.fit(make_two_optimizers(namespace), make_loader())
     assert {"optimizer_0/alignment_minibatch", "optimizer_1/alignment_minibatch"} <= set(trainer.progress_bar_metrics)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 
-import lightning.pytorch
 import pytest
 import torch
-from torch import nn
 
 from lightning_lowrank import LowRankMonitor, MergeReport
 from lightning_lowrank.dashboards.panels import SECTIONS
-from tests.conftest import foreign_warnings_ignored, make_classifier, make_loader, make_trainer, mlp
+from tests.conftest import (
+    foreign_warnings_ignored,
+    make_classifier,
+    make_loader,
+    make_trainer,
+    make_two_optimizers,
+    mlp,
+)
 from tests.dashboards.offline import offline_runs
 
 pytest.importorskip("wandb")
@@ -36,22 +41,6 @@ def adamw(parameters):
 
 def muon(parameters):
     return torch.optim.Muon(parameters)
-
-
-class TwoOptimizers(lightning.pytorch.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.one, self.two = mlp(seed=0), mlp(seed=1)
-
-    def training_step(self, batch, batch_idx):
-        for net, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(net(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=1e-2) for net in (self.one, self.two)]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +77,7 @@ def test_every_layer_key_is_in_one_panel_alone(logged):
 
 
 def test_sections_of_several_optimizers_are_shown(tmp_path):
-    fit(tmp_path, module=TwoOptimizers(), gradient="step").experiment.finish()
+    fit(tmp_path, module=make_two_optimizers(), gradient="step").experiment.finish()
     [run] = offline_runs(tmp_path)
     keys, patterns = bound_keys(optimizers=2)
     of_run = {key for key in run.keys if key.startswith("lowrank/")}
