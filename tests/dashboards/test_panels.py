@@ -24,6 +24,7 @@ pytest.importorskip("wandb_workspaces")
 
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_lowrank.dashboards._wandb_panels import Keys
 from lightning_lowrank.dashboards.workspace import bound_keys
 
 
@@ -61,7 +62,7 @@ def logged(tmp_path_factory):
 
 @pytest.mark.parametrize("x_axis", ["global_step", "cumulative_decay"])
 def test_no_dead_panel_and_no_unshown_scalar(logged, x_axis):
-    keys, patterns = bound_keys(x_axis=x_axis)
+    keys, patterns = bound_keys(Keys(x_axis=x_axis))
     if not hasattr(torch.optim, "Muon"):
         keys -= {"lowrank/spectral_decay"}
     assert keys - logged == set()
@@ -79,7 +80,7 @@ def test_every_layer_key_is_in_one_panel_alone(logged):
 def test_sections_of_several_optimizers_are_shown(tmp_path):
     fit(tmp_path, module=make_two_optimizers(), gradient="step").experiment.finish()
     [run] = offline_runs(tmp_path)
-    keys, patterns = bound_keys(optimizers=2)
+    keys, patterns = bound_keys(Keys(optimizers=2))
     of_run = {key for key in run.keys if key.startswith("lowrank/")}
     assert {key for key in of_run - keys if not any(re.search(pattern, key) for pattern in patterns)} == set()
     assert {f"lowrank/optimizer_{i}/radial_balance" for i in (0, 1)} <= keys & of_run
