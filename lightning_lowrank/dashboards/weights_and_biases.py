@@ -68,7 +68,11 @@ class Board:
         if target is None:
             return
         best = f"{self._prefix}/best/{name}"
-        if best not in self._best or abs(value - target) < abs(self._best[best] - target):
+        if best not in self._best:
+            # A run that goes on, or an earlier fit with the same logger, has one already.
+            before = self._run.summary.get(best)
+            self._best[best] = before if isinstance(before, float) and math.isfinite(before) else value
+        if abs(value - target) < abs(self._best[best] - target):
             self._best[best] = value
 
     def tables(self, layers: Sequence[LayerRow]) -> dict[str, Any]:

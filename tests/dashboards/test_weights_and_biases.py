@@ -166,6 +166,21 @@ def test_missing_values_do_not_reach_the_summary(tmp_path):
     assert summary["lowrank/overhead"] == "NaN"
 
 
+def test_the_best_of_an_earlier_fit_is_kept(tmp_path):
+    from lightning_lowrank.dashboards.weights_and_biases import Board
+
+    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(silent=True))
+    for values in ((0.5, 0.9), (0.7, 0.8)):
+        board = Board(run, "lowrank")
+        for value in values:
+            run.log({"lowrank/alignment": value})
+            board.summarise({"lowrank/alignment": value})
+    run.finish()
+    [recorded] = offline_runs(tmp_path)
+    assert recorded.summary["lowrank/alignment"] == 0.8
+    assert recorded.summary["lowrank/best/alignment"] == 0.9
+
+
 def test_tables_come_with_rows_1_2_4_8_and_at_the_end(demo_folder, demo_runs):
     run = demo_runs["seed0-wd0.005-digits-0-4"]
     tables = run.tables("lowrank/layers")
