@@ -356,7 +356,7 @@ def test_report_is_saved_with_nan_as_null_and_loaded_again(report, tmp_path):
 
 
 def test_report_refuses_files_that_are_none(report, tmp_path):
-    with pytest.raises(ValueError, match=r"saved as .json, got 'report.txt'"):
+    with pytest.raises(ValueError, match=r"saved as .json, or as an .html page, got 'report.txt'"):
         report.save(tmp_path / "report.txt")
     for content in (
         "",
