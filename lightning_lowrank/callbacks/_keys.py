@@ -66,11 +66,12 @@ class Keys:
         return keys + (["stable_rank", "spectral_ratio", "spectral_age"] if self.spectral else [])
 
     @property
-    def headline(self) -> list[str]:
-        """The two keys that say how far the run is from where its optimizer leads it."""
+    def headlines(self) -> list[tuple[str, str]]:
+        """Pairs of keys that say how far the run is from where its optimizer leads it, the better ones first."""
         if not self.coupled:
-            return ["update_alignment", "update_residual"]
-        return list(FULL_KEYS) if self.gradient else ["alignment_minibatch", "residual_minibatch"]
+            return [("update_alignment", "update_residual")]
+        minibatch = ("alignment_minibatch", "residual_minibatch")
+        return [FULL_KEYS, minibatch] if self.gradient else [minibatch]
 
     @property
     def of_layers(self) -> list[str]:

@@ -110,7 +110,6 @@ class OptimizerMonitor:
     ) -> None:
         self.optimizer = optimizer
         self.settings = settings
-        self.window = window
         self.clock = DecayClock(optimizer, settings.penalty)
         self._epsilon = epsilon
         self._meter: StepMeter | None = None
@@ -130,6 +129,8 @@ class OptimizerMonitor:
             spectral=settings.spectral,
             per_layer=settings.per_layer,
         )
+        # Where nothing is coupled there is no full-batch value to make of it.
+        self.window = window if self.keys.gradient == "window" else None
 
     @property
     def is_decayed(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -97,3 +98,24 @@ class Outlets:
             if not self._failed:
                 rank_zero_warn(f"LowRankMonitor: {type(logger).__name__} could not take a row: {error!r}")
             self._failed = True
+
+
+def show(
+    bar: MutableMapping[str, Any], section: str, pairs: Sequence[tuple[str, str]], values: Mapping[str, float]
+) -> None:
+    """Put the best pair of values that there is into a progress bar, in place of a lesser one.
+
+    Args:
+        bar: What the bar shows.
+        section: Of several optimizers, this one's.
+        pairs: Keys, the better ones first.
+        values: By key; those that are not finite are passed over.
+    """
+    names = {key: f"{section}/{key}" if section else key for pair in pairs for key in pair}
+    for pair in pairs:
+        new = {names[key]: values[key] for key in pair if math.isfinite(values.get(key, math.nan))}
+        if new or any(names[key] in bar for key in pair):
+            for key in names.keys() - set(pair):
+                bar.pop(names[key], None)
+            bar.update(new)
+            return

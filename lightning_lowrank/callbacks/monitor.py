@@ -35,7 +35,7 @@ from lightning_lowrank.callbacks._full import measure_epoch
 from lightning_lowrank.callbacks._full import refusal as full_refusal
 from lightning_lowrank.callbacks._keys import PerLayer, Spectral
 from lightning_lowrank.callbacks._optimizer import LayerRow, OptimizerMonitor, Settings, Source
-from lightning_lowrank.callbacks._outlets import Outlets
+from lightning_lowrank.callbacks._outlets import Outlets, show
 from lightning_lowrank.callbacks._regimes import LayerRegime
 from lightning_lowrank.callbacks._watchers import Watchers
 from lightning_lowrank.callbacks._window import GradientWindow
@@ -175,8 +175,8 @@ class LowRankMonitor(Callback):
             matrices=matrices or {},
         )
         self._restored: Mapping[str, Any] | None = None
-        # The Trainer of the last fit, where it ended, and the state: another fit of the same goes on from there.
-        self._fitted: tuple[weakref.ref[Any], int, dict[str, Any]] | None = None
+        # Trainer and module of the last fit, where it ended, and the state: another fit of both goes on from there.
+        self._fitted: tuple[weakref.ref[Any], weakref.ref[Any], int, dict[str, Any]] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -248,7 +248,7 @@ class LowRankMonitor(Callback):
             if not has_lazy_parameters(module):
                 later = list(module.parameters()) if len(optimizers) == 1 and unfreezes_later(trainer) else []
                 monitor.name_layers(module, later)
-        self._restore(trainer)
+        self._restore(trainer, module)
         self._watchers = Watchers(trainer, self.prefix)
         self._watchers.prepare(self._keys("all"), self._keys("scalars"), layers_known=not has_lazy_parameters(module))
         self._loss_scale = current_loss_scale(trainer)
@@ -351,9 +351,8 @@ class LowRankMonitor(Callback):
         finite = {key: value for key, value in named.items() if math.isfinite(value)}
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in finite.items()})
         if self.progress_bar:
-            wanted = {f"{self._section(index)}/{key}" for key in self._optimizers[index].keys.headline}
-            shown = {key.removeprefix(f"{self.prefix}/"): v for key, v in finite.items() if key in wanted}
-            progress_bar_metrics(trainer).update(shown)
+            section = self._section(index).removeprefix(self.prefix).removeprefix("/")
+            show(progress_bar_metrics(trainer), section, self._optimizers[index].keys.headlines, values)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -394,7 +393,7 @@ class LowRankMonitor(Callback):
             self._attempt(self._say_regimes)
         if self._outlets is not None:
             self._outlets.finish()
-        self._fitted = weakref.ref(trainer), trainer.global_step, self.state_dict()
+        self._fitted = weakref.ref(trainer), weakref.ref(pl_module), trainer.global_step, self.state_dict()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give callbacks that waited for a value back as they were."""
@@ -421,7 +420,8 @@ class LowRankMonitor(Callback):
 
     def _description(self) -> dict[str, Any]:
         """What this run measures and against what, as plain data."""
-        names = ("gradient", "window_size", "window_stride", "window_rest", "every_n_steps", "every_n_epochs")
+        names = ["gradient", "window_size", "window_stride", "window_rest", "every_n_steps", "every_n_epochs", "prefix"]
+        names += ["spectral_every_n_steps", "spectral_budget"]
         found = self.regimes()
         # All of them, empty or not: W&B adds to a configuration's dict what it had before.
         regimes = {regime.value: [name for name in found if found[name].regime is regime] for regime in Regime}
@@ -451,12 +451,12 @@ class LowRankMonitor(Callback):
                 self._stepped.clock.take_back()
         self._stepped = None
 
-    def _restore(self, trainer: Any) -> None:
+    def _restore(self, trainer: Any, module: Any) -> None:
         """Go on from the state in a checkpoint; without one, a resumed run's sums are not known."""
         restored, self._restored = self._restored, None
         if restored is None and self._fitted is not None:
-            of_trainer, step, state = self._fitted
-            same = of_trainer() is trainer
+            of_trainer, of_module, step, state = self._fitted
+            same = of_trainer() is trainer and of_module() is module
             restored = state if same and step == trainer.global_step else None
         if restored is not None:
             for index, monitor in self._optimizers.items():

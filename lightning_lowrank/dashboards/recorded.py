@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,40 +241,46 @@ def _drop_from(series: dict[str, Series], step: int) -> None:
 
 
 def _wandb_run(path: Path) -> RecordedRun:
-    """History and config of a local W&B run, finished or not."""
-    series, name = _empty(), path.stem
+    """History, summary and config of a local W&B run, finished or not."""
+    series, name, step = _empty(), path.stem, None
     config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for record in _wandb_records(path):
         content = record[record["type"]]
         if record["type"] == "history":
-            _add_history(series, content["item"])
+            step = _add_history(series, content["item"], step)
+            continue
+        if record["type"] == "summary":
+            summary |= content.get("update", {})
             continue
         if record["type"] == "run":
             name = content.get("display_name") or content.get("run_id") or name
             content = content.get("config", {})
         config |= content.get("update", {})
+    for key, value in _only_in_summary(summary, series).items():
+        series[key] = Series([step or 0], [value])
     # W&B's own entries: "_wandb", and "_wandb.visualize...." of charts.
     own = {key: value for key, value in config.items() if key.split(".")[0] != "_wandb"}
     return RecordedRun(name, "W&B", dict(series), own)
 
 
 def _wandb_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records that hold history and config, printed by W&B's own command."""
+    """The records that hold history, config, and what was put into the summary, printed by W&B's own command."""
     executable = shutil.which("wandb", path=str(Path(sys.executable).parent)) or shutil.which("wandb")
     install = "pip install -U 'lightning-lowrank[wandb]'"
     if executable is None:
         raise ModuleNotFoundError(f"reading a W&B run needs wandb: {install}")
     command = [executable, "leet", "inspect", "--json", str(path.resolve())]
     quiet = {**os.environ, "WANDB_ERROR_REPORTING": "false"}
-    wanted = [f'"type":"{kind}"'.encode() for kind in ("history", "run", "config")]
+    wanted = [f'"type":"{kind}"'.encode() for kind in ("history", "run", "config", "summary")]
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=quiet) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
-            # The others, such as summaries, are most of the text.
-            if any(kind in line for kind in wanted):
+            # A summary with the time is the client's own copy of the row before.
+            if any(kind in line for kind in wanted) and not (wanted[-1] in line and b'"_timestamp"' in line):
                 yield json.loads(line)
         code = process.wait()
         errors.seek(0)
@@ -287,10 +293,31 @@ def _wandb_records(path: Path) -> Iterator[dict[str, Any]]:
         rank_zero_warn(f"{path} is damaged, and some rows may be missing: {said}")
 
 
-def _add_history(series: dict[str, Series], item: dict[str, Any]) -> None:
-    """One row of W&B: its numbers, without W&B's own and without the parts of tables, histograms and media."""
+def _only_in_summary(summary: Mapping[str, Any], series: Mapping[str, Series]) -> dict[str, float]:
+    """Numbers that were never in a row, as a merge's; the best of those that were are no series."""
+    found = {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in summary.items()}
+    return {
+        key: float(value)
+        for key, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key not in series and key != _OF_LIGHTNING and not key.startswith("_") and "/best/" not in key
+    }
+
+
+def _add_history(series: dict[str, Series], item: dict[str, Any], before: int | None) -> int | None:
+    """One row of W&B: its numbers, without W&B's own and without the parts of tables, histograms and media.
+
+    Args:
+        series: Takes the numbers.
+        item: The row.
+        before: Lightning's step in the row before, which one without it belongs to; None if there was none.
+
+    Returns:
+        Lightning's step in this row or before.
+    """
     of_lightning = item.get(_OF_LIGHTNING)
-    step = of_lightning if isinstance(of_lightning, int) else item["_step"]
+    seen = of_lightning if isinstance(of_lightning, int) else before
+    step = item["_step"] if seen is None else seen
     media = tuple(key.removesuffix("_type") for key in item if key.endswith("._type"))
     for key, value in item.items():
         if isinstance(value, str):
@@ -300,6 +327,7 @@ def _add_history(series: dict[str, Series], item: dict[str, Any]) -> None:
         if key != _OF_LIGHTNING and not key.startswith(("_", *media)):
             series[key].steps.append(step)
             series[key].values.append(float(value))
+    return seen
 
 
 def _hyperparameters(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lowrank import LowRankMonitor
+from lightning_lowrank.callbacks._outlets import show
 from tests.conftest import make_classifier, make_loader, make_trainer, make_two_optimizers, mlp
 
 
@@ -60,6 +61,17 @@ def test_what_does_not_exist_is_not_shown_under_another_name(namespace, capsys):
     trainer.fit(make_classifier(mlp(), namespace), make_loader())
     assert "alignment" not in trainer.progress_bar_metrics
     assert math.isfinite(trainer.progress_bar_metrics["alignment_minibatch"])
+
+
+def test_until_a_full_batch_value_is_known_the_mini_batch_s_is_shown_under_its_name():
+    bar = {"loss": 1.0}
+    pairs = [("alignment", "residual"), ("alignment_minibatch", "residual_minibatch")]
+    show(bar, "optimizer_1", pairs, {"alignment_minibatch": 0.1, "residual_minibatch": 9.0, "alignment": math.nan})
+    assert bar == {"loss": 1.0, "optimizer_1/alignment_minibatch": 0.1, "optimizer_1/residual_minibatch": 9.0}
+    show(bar, "optimizer_1", pairs, {"alignment": 0.9, "residual": 0.4, "alignment_minibatch": 0.2})
+    assert bar == {"loss": 1.0, "optimizer_1/alignment": 0.9, "optimizer_1/residual": 0.4}
+    show(bar, "optimizer_1", pairs, {"alignment_minibatch": 0.3})
+    assert bar == {"loss": 1.0, "optimizer_1/alignment": 0.9, "optimizer_1/residual": 0.4}
 
 
 def test_several_optimizers_are_told_apart(namespace):
