@@ -66,7 +66,7 @@ def run_page(run: RecordedRun, prefix: str = "lowrank", merge_prefix: str = "mer
     steps = [step for values in optimizers.values() for series in values.values() for step in series.steps]
     facts = [("Logged by", run.source), *([("Steps", f"{min(steps):,} to {max(steps):,}")] if steps else [])]
     for optimizer in monitored.get("optimizers", ()):
-        facts.append((str(optimizer.get("class")), ", ".join(map(str, optimizer.get("target", ())))))
+        facts.append((f"{optimizer.get('class')} aims at", ", ".join(map(str, optimizer.get("target", ())))))
     if own and len(optimizers) == 1:
         own.decay = parts[0].decay
     every = [*parts, *([own] if own else [])]
@@ -88,7 +88,7 @@ def report_page(report: Report) -> str:
 
     Example:
         >>> metrics = {"even/m1/test_acc": 0.98, "even/sum/test_acc": 0.90}
-        >>> "The sum loses at most 8.0 points" in report_page(MergeReport({"even": "m1"}, ["m1", "sum"], metrics))
+        >>> "The sum loses 8.0 points" in report_page(MergeReport({"even": "m1"}, ["m1", "sum"], metrics))
         True
     """
     command = f"{type(report).__name__}.save"

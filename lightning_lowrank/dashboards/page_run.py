@@ -11,7 +11,7 @@ from lightning_lowrank.dashboards import charts, verdicts
 from lightning_lowrank.dashboards.charts import Line
 from lightning_lowrank.dashboards.page_layout import Block, Cell, Column, Figure, Part, Table, described
 from lightning_lowrank.dashboards.panels import LOW_RANK, SECTIONS, Panel, Section
-from lightning_lowrank.dashboards.verdicts import Values, last, shown
+from lightning_lowrank.dashboards.verdicts import Values, at, last, shown
 
 if TYPE_CHECKING:
     from lightning_lowrank.dashboards.recorded import Series
@@ -32,6 +32,7 @@ _COLUMNS = {
     "effective_rank": "Effective rank",
     "implied_weight_decay": "Implied weight decay",
 }
+_OF_SPECTRA = ("spectral_norm", "stable_rank", "effective_rank")
 _BY_NAME = "number of the layer, in the order of names"
 # Of what the user logged beside: a page is no substitute for a dashboard of everything.
 _MOST_OWN = 12
@@ -119,6 +120,12 @@ def _block(section: Section, values: Values, table: Table | None) -> Block:
             names = _layers(values, panel.keys[0])
             known = _QUANTILES if set(names) <= _QUANTILES.keys() else {}
             _add(block, panel, [_line(known.get(name, name), values, f"{panel.keys[0]}/{name}") for name in names])
+    ages = values.get("spectral_age")
+    if section is LOW_RANK and ages and any(age > 0 for age in ages.values):
+        block.notes.append(
+            "Spectra were not measured in every row, to keep within the monitor's budget: where their lines are flat,"
+            " values wait for their turn. LowRankMonitor(spectral_budget=1.0) measures all of them in every row."
+        )
     return block
 
 
@@ -198,7 +205,8 @@ def _layer_table(
     found = {key: column for key, column in found.items() if any(column.values())}
     known = _QUANTILES if set(names) <= _QUANTILES.keys() else {}
     columns = [Column("Of the layers" if known else "Layer", False)]
-    columns += [Column(_COLUMNS[key], True, _age(column.values(), end)) for key, column in found.items()]
+    for key, column in found.items():
+        columns.append(Column(_COLUMNS[key], True, _age(column.values(), end, _spectral_age(values, key, end))))
     of_layer = {} if known else {layer: regime for regime, layers in regimes.items() for layer in layers}
     columns += [Column("Regime", False)] if of_layer else []
     rows: list[list[Cell]] = []
@@ -210,9 +218,17 @@ def _layer_table(
     return Table(panel.title, text, columns, rows, of_layers=not known)
 
 
-def _age(cells: Iterable[_Found], end: int) -> str:
+def _spectral_age(values: Values, key: str, end: int) -> float:
+    """How old a value of the last row may be: those of spectra wait for their turn."""
+    age = at(values, "spectral_age", end)
+    return age if key in _OF_SPECTRA and age > 0 else 0.0
+
+
+def _age(cells: Iterable[_Found], end: int, age: float = 0.0) -> str:
     """When a column's values were measured, if it was not at the end."""
     steps = {cell[1] for cell in cells if cell}
+    if age:
+        return f"up to {age:,.0f} steps older"
     if steps <= {end}:
         return ""
     return f"step {min(steps):,}" if len(steps) == 1 else f"steps {min(steps):,} to {max(steps):,}"

@@ -117,8 +117,8 @@ def of_merge(report: MergeReport) -> list[Verdict]:
         value, layer, task = max(leaks)
         detail = (
             f"Layer {layer} on {task}: what the merge adds to its pre-activations, relative to what was there. Near 0"
-            " the sum changes nothing in a layer, at 1 it adds as much as there was; how much of it reaches the outputs"
-            " the metrics say."
+            " the sum changes nothing in a layer, at 1 it adds as much as there was; whether the outputs change with it"
+            " is for the metrics to say."
         )
         level: Level = "good" if value <= SMALL_LEAK else "warning"
         verdicts.append(Verdict(level, f"Largest leak {shown(value)}", detail))
@@ -158,7 +158,11 @@ def _loss_of_sum(report: MergeReport) -> Verdict:
     before, after = (points * value for value in pairs[task])
     detail = joined([f"{metric} on {task}: {before:.1f} % alone, {after:.1f} % summed.", outputs])
     level = "good" if lost <= SMALL_LOSS else "bad" if lost > LARGE_LOSS else "warning"
-    headline = f"The sum loses at most {lost:.1f} points" if lost > 0 else "The sum loses nothing"
+    headline = (
+        f"The sum loses {lost:.1f} points{' on its worse task' if len(pairs) > 1 else ''}"
+        if lost > 0
+        else "The sum loses nothing"
+    )
     if level == "good" and moved > 1.0:
         level, outputs = "warning", "As many decisions are right, with outputs that have moved by more than their size."
         detail = joined([detail, outputs])

@@ -80,7 +80,7 @@ STATIONARY = Section(
             "Radial balance",
             ("radial_balance", "radial_balance_stderr"),
             "The gradient against the decay along the weights' own direction. 1 at a stationary point; unbiased on"
-            " mini-batches too, but necessary only: it can be 1 far from one. Below, its standard error.",
+            " mini-batches too, but necessary only: it can be 1 far from one. With its standard error.",
             target=1.0,
         ),
         Panel(
@@ -225,14 +225,14 @@ LOW_RANK = Section(
         Panel(
             "Layers",
             ("layers",),
-            "Every weight matrix with its last values, and what the theory says about it.",
+            "Every weight matrix with its last values.",
             kind="table",
         ),
         Panel(
             "Age of the spectra",
             ("spectral_age",),
-            "Steps since the oldest spectral value was measured; those of large models take turns, to stay within the"
-            " budget.",
+            "Steps since the oldest spectral value was measured. Those of large models, and of runs with short steps,"
+            " take turns to stay within the budget.",
         ),
     ),
 )
@@ -240,7 +240,7 @@ LOW_RANK = Section(
 NOT_APPLICABLE = Section(
     "Where does the theory not apply?",
     "Layers in front of a normalisation never align, decoupled decay has another target, and layers that are no group"
-    " need not have equal norms. The table of layers says which regime each is in.",
+    " need not have equal norms. monitor.regimes(), and W&B's table of layers, say what each is.",
     (
         Panel(
             "Homogeneity defect",

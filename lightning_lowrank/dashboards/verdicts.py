@@ -23,6 +23,8 @@ SMALL_RESIDUAL = 0.15
 FORGOTTEN = 3.0
 # Of two standard errors the interval holds 95 % of a normal estimate's values.
 ERRORS = 2.0
+# The standard error of the radial balance takes steps for independent, which they are not quite.
+OFF_BALANCE = 0.2
 # A value from before the last tenth of the steps tells of an earlier network.
 STALE = 0.1
 # Squared norms within 10 % of each other; and more than a factor of two apart.
@@ -178,11 +180,12 @@ def _without_alignment(values: Values, end: int) -> Verdict:
             " the properties that this page is about.",
         )
     radial = last(values, "radial_balance")
-    hint = (
-        f"Radial balance {_estimate(values, 'radial_balance', radial[1])} (1 is necessary, not sufficient)."
-        if radial
-        else ""
-    )
+    balance = _estimate(values, "radial_balance", radial[1]) if radial else None
+    hint = f"Radial balance {balance} (1 is necessary, not sufficient)." if balance else ""
+    if radial and balance and "radial_balance_stderr" in values and _refuted(balance):
+        reason = "It is 1 at a stationary point, and needs no full-batch gradient. How far away is not known."
+        headline = f"Not stationary: radial balance {balance}"
+        return Verdict("bad", headline, joined([reason, _when(radial[1], end)]))
     if "alignment" in values:
         reason = (
             "No window was completed, or the weights moved too fast, or the error was too large. Lower learning rates"
@@ -192,10 +195,15 @@ def _without_alignment(values: Values, end: int) -> Verdict:
     if minibatch:
         reason = (
             f"Their alignment, {shown(minibatch[0])} at step {minibatch[1]:,}, is drowned by noise at stationary points"
-            " too. LowRankMonitor(gradient='window') or measure_stationarity() tell."
+            " too. Under automatic optimization LowRankMonitor(gradient='window') or measure_stationarity() tell."
         )
         return Verdict("unknown", "Not known: only mini-batch values", joined([reason, hint]))
     return Verdict("unknown", "Not known: no alignment in this log", hint or "Was LowRankMonitor among the callbacks?")
+
+
+def _refuted(balance: Estimate) -> bool:
+    """Whether a radial balance is surely not 1: off by more than its error and a margin for steps that depend."""
+    return balance.low > 1 + OFF_BALANCE or balance.high < 1 - OFF_BALANCE
 
 
 def _update(values: Values, end: int) -> Verdict:
@@ -261,7 +269,9 @@ def rank(values: Values, end: int) -> Verdict:
         return Verdict("unknown", "Rank not known", "No spectrum was measured (spectral=None, or no time for it yet).")
     value, step = found
     first, begun = next((v, s) for v, s in zip(series.values, series.steps, strict=True) if math.isfinite(v))
-    details = [f"At step {begun:,} it was {shown(first)}.", _when(step, end)]
+    age = at(values, "spectral_age", step)
+    aged = f"Logged at step {step:,}, from spectra that were measured up to {age:,.0f} steps before."
+    details = [f"At step {begun:,} it was {shown(first)}.", aged if age > 0 else _when(step, end)]
     ranks = {
         key.partition("/")[2]: each[0]
         for key in values
@@ -270,8 +280,6 @@ def rank(values: Values, end: int) -> Verdict:
     if len(ranks) > 1 and not ranks.keys() <= {"q10", "q50", "q90"}:
         low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
         details.append(f"From {shown(ranks[low])} ({low}) to {shown(ranks[high])} ({high}).")
-    if (age := at(values, "spectral_age", step)) > 0:
-        details.append(f"The oldest spectrum in it was {age:,.0f} steps old.")
     number = f"mean stable rank {shown(value)}"
     if (share := _share_of_norms(values)) < VANISHED:
         return Verdict("bad", f"The weights have vanished, with {number}", f"{percent(share)} of their norms is left.")
@@ -282,8 +290,8 @@ def rank(values: Values, end: int) -> Verdict:
     if fallen:
         return Verdict("warning", f"Rank has fallen, not to a few directions: {number}", joined(details))
     if value <= FEW_DIRECTIONS:
-        details.append("Small from the first value on, which narrow layers and restored checkpoints are as well.")
-        return Verdict("warning", f"Few directions, but none fewer by this run: {number}", joined(details))
+        details.append("Less than half of it has gone: narrow layers and restored checkpoints begin with few as well.")
+        return Verdict("warning", f"Few directions, not clearly by this run: {number}", joined(details))
     return Verdict("bad", f"Not low rank: {number}", joined(details))
 
 

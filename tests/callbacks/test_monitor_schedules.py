@@ -344,3 +344,27 @@ def test_windows_say_once_why_they_have_no_value(caplog):
         make_trainer(callbacks=[LowRankMonitor(window_size=3)], max_epochs=10).fit(fast, make_loader(shuffle=True))
     assert "windows of 3 steps" in caplog.text
     assert caplog.text.count("the weights moved by") == 1
+
+
+def test_another_module_has_a_decay_of_its_own():
+    logger = RowLogger()
+    trainer = make_trainer(logger=logger, callbacks=[LowRankMonitor()], max_epochs=1)
+    first, second = make_classifier(mlp()), make_classifier(mlp(seed=1))
+    for epochs, module in ((1, first), (2, first), (3, second)):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, make_loader())
+    taus = [row["lowrank/cumulative_decay"] for _, row in logger.ours()]
+    assert len(taus) == 9
+    assert taus[:6] == sorted(set(taus[:6]))
+    assert all(map(math.isnan, taus[6:]))
+
+
+def test_decoupled_decay_has_no_window(caplog):
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, weight_decay=0.1)
+
+    module = make_classifier(mlp(), optimizer=adamw)
+    with caplog.at_level("INFO"):
+        make_trainer(callbacks=[LowRankMonitor()]).fit(module, make_loader(shuffle=True))
+    assert "decays weights beside the gradient" in caplog.text
+    assert "windows of" not in caplog.text

@@ -134,6 +134,7 @@ def test_configuration_has_target_regimes_and_settings(demo_runs):
     assert config["settings"]["spectral"] == "full"
     assert config["settings"]["gradient"] == "auto"
     assert config["settings"]["weight_decay"] == "auto"
+    assert config["settings"]["spectral_budget"] == 1.0
     without = demo_runs["seed0-wd0-digits-0-4"].config["lowrank"]
     assert without["optimizers"][0]["target"] == ["none: no weight decay"]
 
@@ -246,6 +247,37 @@ def test_the_merged_checkpoint_has_its_card_and_its_parents_digests(demo_folder,
     output = demo_folder / "merges" / names[0]
     assert metadata["output"]["blake3"] == blake3.blake3(output.read_bytes()).hexdigest()
     assert "tensors" not in metadata
+
+
+def test_a_run_of_a_merge_alone_reads_back(demo_folder, demo_runs):
+    from lightning_lowrank.dashboards.page import run_page
+    from lightning_lowrank.dashboards.recorded import read_run
+
+    recorded = demo_runs["merge-seed0-wd0.005"]
+    report = json.loads((demo_folder / "merges" / "seed0-wd0.005.ckpt.card.json").read_text())
+    run = read_run(recorded.folder)
+    assert {key: found.values for key, found in run.series.items()} == {
+        f"merge/{key}": [pytest.approx(value)] for key, value in report["metrics"].items()
+    }
+    assert "digits 5-9" in run_page(run)
+
+
+def test_rows_of_your_own_belong_to_the_last_step_and_the_best_is_no_series(tmp_path):
+    from lightning.pytorch.loggers import WandbLogger
+
+    from lightning_lowrank.dashboards.recorded import read_run
+
+    run = wandb.init(mode="offline", dir=tmp_path, project="test", settings=wandb.Settings(silent=True))
+    trainer = make_trainer(logger=WandbLogger(experiment=run), callbacks=[LowRankMonitor()])
+    trainer.fit(make_classifier(mlp()), make_loader())
+    run.log({"after": 3.0})
+    run.summary["only here"] = 4.0
+    run.finish()
+    [recorded] = offline_runs(tmp_path)
+    series = read_run(recorded.folder).series
+    assert (series["after"].steps, series["after"].values) == ([5], [3.0])
+    assert (series["only here"].steps, series["only here"].values) == ([5], [4.0])
+    assert not [key for key in series if "/best/" in key or "layers" in key]
 
 
 def test_a_run_that_someone_else_started_gets_its_axis_and_the_loggers_prefix(tmp_path):
