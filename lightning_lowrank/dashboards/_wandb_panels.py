@@ -30,7 +30,7 @@ class Keys:
         x_axis: Against what values are drawn: optimizer steps, or the summed decay tau.
 
     Raises:
-        ValueError: If there are no optimizers, if the axis is neither, or if it is the decay of several optimizers.
+        ValueError: If a prefix is no name, if there are no optimizers, if the axis is neither, or if it is the decay of several optimizers.
     """
 
     prefix: str = "lowrank"
@@ -39,6 +39,10 @@ class Keys:
     x_axis: XAxis = "global_step"
 
     def __post_init__(self) -> None:
+        for name in ("prefix", "merge_prefix"):
+            value = getattr(self, name)
+            if not value or value != value.strip("/"):
+                raise ValueError(f"{name} must be a name without a slash at either end, got {value!r}")
         if self.optimizers < 1:
             raise ValueError(f"optimizers must be at least 1, got {self.optimizers}")
         if self.x_axis not in ("global_step", "cumulative_decay"):

@@ -169,6 +169,8 @@ def _names(entity: str, project: str, name: str) -> Iterator[None]:
     for what, given in (("entity", entity), ("project", project)):
         if not given or "/" in given:
             raise ValueError(f"{what} must be a single name, as team and digits of wandb.ai/team/digits, got {given!r}")
+    if not name.strip():
+        raise ValueError("the workspace needs a name, by which it is found again")
     try:
         yield
     except pydantic.ValidationError as error:
