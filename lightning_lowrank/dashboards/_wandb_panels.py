@@ -30,7 +30,8 @@ class Keys:
         x_axis: Against what values are drawn: optimizer steps, or the summed decay tau.
 
     Raises:
-        ValueError: If a prefix is no name, if there are no optimizers, if the axis is neither, or if it is the decay of several optimizers.
+        ValueError: If a prefix is no name, if there are no optimizers, if the axis is neither, or if it is the decay of
+            several optimizers.
     """
 
     prefix: str = "lowrank"
