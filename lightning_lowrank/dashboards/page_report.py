@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_lowrank.stationarity_report import StationarityReport
     from lightning_lowrank.weight_report import WeightReport
 
+_MADE = ("sum", "sum_pooled", "sum_reestimated", "average", "ensemble")
 _FROM_FIRST = "number of the layer, first to last"
 # Singular values below that share of the largest are rounding; and points of a spectrum's line.
 _FLOOR, _POINTS = 1e-8, 60
@@ -34,7 +35,11 @@ def merge_of(series: Mapping[str, Series], prefix: str) -> MergeReport | None:
             metrics[name] = found[0] if found else math.nan
     if not metrics:
         return None
-    models = list(dict.fromkeys(name.split("/", 2)[1] for name in metrics))
+    # A log keeps no order: the networks first, then what was made of them.
+    models = sorted(
+        {name.split("/", 2)[1] for name in metrics},
+        key=lambda model: (_MADE.index(model) if model in _MADE else -1, model),
+    )
     tasks = {}
     for task in dict.fromkeys(name.split("/", 2)[0] for name in metrics):
         # No other network leaves the outputs of the task's own as they are.
@@ -57,7 +62,6 @@ def merge_block(report: MergeReport) -> Block:
         block.tables.append(_of_models(report, of_models.title, of_models.text))
     layers = list(dict.fromkeys(layer for of_task in report.leak.values() for layer in of_task))
     if not layers:
-        block.missing.append(of_leaks.title)
         return block
     of_tasks = {task: [found.get(layer, math.nan) for layer in layers] for task, found in report.leak.items()}
     block.figures += _by_layer(of_leaks.title, of_leaks.text, layers, of_tasks)
